@@ -1,0 +1,238 @@
+"""Saving a run so that nothing is ever lost, and loading it as data, never as code.
+
+In out_dir:
+    ckpt.pt                      the latest state: weights, shape, settings, tokenizer, progress; nanoGPT reads it
+    ckpt_best.pt                 the same at the lowest validation loss
+    ckpt_optimizer_00001000.pt   the optimizer's buffers that belong to ckpt.pt, which names this file
+Each file is written under another name, flushed to the disk and renamed. Renaming ckpt.pt is what commits a save: before
+it the previous save is whole, after it the new one is. Random state needs no saving, see runtime.seed_all.
+"""
+import dataclasses
+import glob
+import os
+import shutil
+
+import torch
+
+from configurator import UserError, one_line, user_errors
+from model import GPT, GPTConfig
+from tokenizer import GPT2_SPEC, GPT2_VOCAB_SIZE, check_spec
+
+LATEST, BEST = 'ckpt.pt', 'ckpt_best.pt'
+NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+def prepare_out_dir(out_dir):
+    """Make out_dir, and find out before training, not after, whether it can be written to. UserError if not."""
+    with user_errors(OSError, where=f'cannot write to --out_dir={out_dir}: '):
+        os.makedirs(out_dir, exist_ok=True)
+        probe = os.path.join(out_dir, 'ckpt.tmp')
+        with open(probe, 'wb'):
+            pass
+        os.remove(probe)
+
+
+def write_atomically(path, content):
+    """torch.save(content) to path so that, whenever the power fails, path is either the old file or the new one."""
+    with open(path + '.tmp', 'wb') as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def save_checkpoint(out_dir, state, optimizer_state, is_best):
+    """Save `state`, a dict with 'iter_num', as ckpt.pt, and with is_best as ckpt_best.pt too.
+
+    Order: optimizer file, ckpt_best.pt, ckpt.pt, then the old optimizer files go. UserError if the disk is full or the
+    folder is gone; the previous save is then untouched.
+    """
+    name = f'ckpt_optimizer_{state["iter_num"]:08d}.pt'
+    state = {**state, 'optimizer_file': name}
+    with user_errors(OSError, RuntimeError, where=f'cannot save to {out_dir}, the save before this one is still whole: '):
+        write_atomically(os.path.join(out_dir, name), optimizer_state)
+        if is_best:
+            write_atomically(os.path.join(out_dir, BEST), state)
+        write_atomically(os.path.join(out_dir, LATEST), state)
+        for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_optimizer_*')):
+            if os.path.basename(path) != name:
+                os.remove(path)
+
+
+def set_aside(out_dir):
+    """Move an earlier run's files from out_dir to out_dir/previous-N, so that a new run can start there.
+
+    Returns the folder, or None if there was no run. Files are linked first and removed after, so that a crash in between
+    leaves the run whole in one place or the other.
+    """
+    names = [name for name in os.listdir(out_dir) if name in (LATEST, BEST, 'metrics.jsonl') or name.startswith('ckpt_optimizer_')]
+    if not names:
+        return None
+    n = 1
+    while os.path.exists(os.path.join(out_dir, f'previous-{n}')):
+        n += 1
+    target = os.path.join(out_dir, f'previous-{n}')
+    with user_errors(OSError, where=f'cannot move the earlier run in {out_dir} to {target}: '):
+        os.mkdir(target)
+        for name in names:
+            try:
+                os.link(os.path.join(out_dir, name), os.path.join(target, name))
+            except OSError:  # a file system without hard links
+                shutil.copy2(os.path.join(out_dir, name), os.path.join(target, name))
+        for name in sorted(names, key=lambda name: name != LATEST):  # ckpt.pt first: what it names must outlive it
+            os.remove(os.path.join(out_dir, name))
+    return target
+
+
+def model_args_of(config):
+    """A GPTConfig as the dict that a checkpoint stores: nanoGPT's fields, and others only where they are not the default,
+    so that nanoGPT opens every model that it can represent and refuses the rest."""
+    defaults = GPTConfig()
+    args = dataclasses.asdict(config)
+    return {name: value for name, value in args.items() if name in NANOGPT_FIELDS or value != getattr(defaults, name)}
+
+
+def model_entry(model):
+    """The part of a checkpoint that describes the model: {'model': weights, 'model_args': shape, …}.
+
+    OpenAI's GPT-2 computes GELU by tanh, nanoGPT runs it with erf and is hardly off. So that nanoGPT opens a fine-tuned
+    GPT-2 of ours, this one choice is written beside model_args rather than into it.
+    """
+    model_args = model_args_of(model.config)
+    entry = {'model': model.state_dict(), 'model_args': model_args}
+    if model_args.get('mlp') == 'gelu_tanh':
+        entry['mlp'] = model_args.pop('mlp')
+    return entry
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+def load_data(path):
+    """torch.load of tensors and plain data into CPU memory. UserError if the file is missing, broken, or holds code."""
+    if not os.path.exists(path):
+        raise UserError(f'there is no {path}: train first, or check --out_dir')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # zip, pickle, key, index, memory: a broken file raises almost anything
+        reason = 'it holds code or foreign classes' if 'weights_only' in str(error).lower() else one_line(str(error), 120)
+        raise UserError(f'{path} cannot be read as a checkpoint: {reason}; use another copy of it') from error
+
+
+def load_checkpoint(path):
+    """A checkpoint of SAMgpt's or nanoGPT's -> dict, its weights under plain names. UserError if it is anything else."""
+    checkpoint = load_data(path)
+    wanted = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
+    for key, kind in wanted.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+            raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
+    weights = {name.replace('_orig_mod.', '').removeprefix('module.'): weight for name, weight in checkpoint['model'].items()}
+    # nanoGPT's attention without flash keeps its causal mask as a buffer; here it needs none
+    checkpoint['model'] = {name: weight for name, weight in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    if 'mlp' in checkpoint:
+        checkpoint['model_args']['mlp'] = checkpoint['mlp']
+    with user_errors(ValueError, where=f'{path}: '):
+        checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
+        if checkpoint.get('tokenizer') is not None:
+            check_spec(checkpoint['tokenizer'])
+    return checkpoint
+
+
+def restore_model(checkpoint, path, dropout=None):
+    """The model of a loaded checkpoint, on the CPU in float32. dropout replaces the one it was trained with.
+
+    UserError if model_args describes no model or another one than the weights. Nothing large is allocated before that is
+    known, so that a forged shape cannot exhaust the memory.
+    """
+    args, weights = dict(checkpoint['model_args']), checkpoint['model']
+    if dropout is not None:
+        args['dropout'] = dropout
+    layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
+    with user_errors(ValueError, TypeError, RuntimeError, where=f'{path}: the weights do not fit the model_args: '):
+        if args.get('n_layer') != len(layers):
+            raise ValueError(f'n_layer={args.get("n_layer")!r}, but there are weights of {len(layers)} layers')
+        if not all(torch.is_tensor(weight) and weight.is_floating_point() for weight in weights.values()):
+            raise ValueError('some of them are not tensors of numbers')
+        with torch.device('meta'):
+            model = GPT(GPTConfig(**args))
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    model.tie_weights()
+    return model
+
+
+def load_optimizer_buffers(checkpoint, out_dir):
+    """{'optimizer': state_dict, 'scaler': state_dict or None} that belongs to a checkpoint in out_dir. nanoGPT keeps the
+    optimizer in ckpt.pt itself. UserError if it is missing or broken."""
+    if 'optimizer' in checkpoint:
+        saved = {'optimizer': checkpoint['optimizer']}
+    else:
+        name = checkpoint.get('optimizer_file')
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise UserError(f'{out_dir}/{LATEST} names no optimizer file, so it cannot be resumed')
+        saved = load_data(os.path.join(out_dir, name))
+    optimizer = saved.get('optimizer') if isinstance(saved, dict) else None
+    if not isinstance(optimizer, dict) or not {'state', 'param_groups'} <= optimizer.keys():
+        raise UserError(f'the optimizer state that {out_dir}/{LATEST} names is not one')
+    return saved
+
+
+# --- pretrained GPT-2 -------------------------------------------------------------------------------------------------
+
+PRETRAINED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+HF_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # HF's Conv1D is (in, out)
+
+
+def load_pretrained(name, dropout=0.0):
+    """GPT-2 weights in Hugging Face's format -> (GPT on the CPU in float32, tokenizer spec or None).
+
+    name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (downloaded once and kept by transformers), or a local directory
+    with config.json and weights. UserError if it cannot be had, or is not a GPT-2 that this model computes exactly.
+    """
+    if name not in PRETRAINED and not os.path.isdir(name):
+        raise UserError(f'--init_from={name}: must be scratch, resume, {", ".join(PRETRAINED)}, or a directory '
+                        'with a Hugging Face GPT-2')
+    try:
+        from transformers import AutoConfig, GPT2LMHeadModel
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(f'--init_from={name} needs the package transformers: pip install transformers') from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        hf_config = AutoConfig.from_pretrained(name)
+        if hf_config.model_type != 'gpt2':
+            raise UserError(f'--init_from={name}: is a {hf_config.model_type} model, only GPT-2 can be imported')
+        hf_model, report = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # hub, network, JSON, weights: each library in between has errors of its own
+        hint = 'check the files in it' if os.path.isdir(name) else 'is the network reachable? a local directory works too'
+        raise UserError(f'cannot load the pretrained model {name} ({hint}): {one_line(str(error), 150)}') from error
+    missing = [key for key in report['missing_keys'] if key != 'lm_head.weight'] + list(report['mismatched_keys'])
+    if missing:
+        raise UserError(f'--init_from={name}: its weights do not fit its config.json, {missing[0]} is missing or of another shape')
+    exact = (hf_config.activation_function in HF_ACTIVATIONS and hf_config.scale_attn_weights and hf_config.tie_word_embeddings
+             and not hf_config.scale_attn_by_inverse_layer_idx and hf_config.layer_norm_epsilon == 1e-5
+             and hf_config.n_inner in (None, 4 * hf_config.n_embd))
+    if not exact:
+        raise UserError(f'--init_from={name}: its config.json departs from GPT-2 (activation, scaling, tying or widths), not supported')
+    config = GPTConfig(n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd, dropout=dropout, bias=True,
+                       vocab_size=hf_config.vocab_size, block_size=hf_config.n_positions, mlp=HF_ACTIVATIONS[hf_config.activation_function])
+    weights = {key: weight.t().contiguous() if key.endswith(TRANSPOSED) else weight
+               for key, weight in hf_model.state_dict().items() if not key.endswith(('.attn.bias', '.attn.masked_bias'))}
+    with torch.device('meta'):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model, pretrained_tokenizer(name, config.vocab_size)
+
+
+def pretrained_tokenizer(name, vocab_size):
+    """The tokenizer spec for a pretrained model: its own tokenizer.json, else GPT-2's if the vocabulary has that size."""
+    path = os.path.join(name, 'tokenizer.json')
+    if os.path.exists(path):
+        with user_errors(OSError, ValueError, where=f'cannot read {path}: '), open(path, encoding='utf-8') as file:
+            return {'kind': 'tokenizers', 'json': file.read()}
+    return GPT2_SPEC if vocab_size >= GPT2_VOCAB_SIZE else None

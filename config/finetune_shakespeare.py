@@ -1,0 +1,21 @@
+# GPT-2 fine-tuned on Tiny Shakespeare in BPE. gpt2-xl wants a large GPU; --init_from=gpt2 trains anywhere.
+import time
+
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False  # it overfits soon
+
+# 1 window x 32 micro-batches x 1024 tokens = 32,768 tokens in an update; the text has 301,966: about 9 updates an epoch
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+
+learning_rate = 3e-5
+decay_lr = False

@@ -1,0 +1,172 @@
+"""Settings for a script: its own globals, then config files, then the command line.
+
+A script lists its settings as module globals, each with a comment at the end of the line, and then calls
+
+    config = configure(globals())
+
+so that `python train.py config/small.py --batch_size=32` first runs config/small.py, then sets batch_size. Arguments
+apply from left to right, the last one wins. `--help` prints every setting with its default and its comment.
+"""
+import ast
+import difflib
+import dis
+import io
+import os
+import sys
+import tokenize
+from contextlib import contextmanager
+from types import ModuleType
+
+SETTING_TYPES = (bool, int, float, str, type(None))
+
+
+class UserError(Exception):
+    """A person's mistake. Uncaught, it ends the script with one line on standard error and exit status 2.
+
+    The message says what is wrong, where, and what to do. A bug raises anything else and keeps its traceback.
+    """
+
+
+@contextmanager
+def user_errors(*kinds, where=''):
+    """Turn exceptions of the given kinds, raised in the block, into UserError; `where` leads the message."""
+    try:
+        yield
+    except kinds as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise UserError(where + one_line(text)) from error
+
+
+def one_line(text, limit=300):
+    """The text on one line, cut to `limit` characters."""
+    text = ' '.join(text.split())
+    return text if len(text) <= limit else text[:limit - 1] + '…'
+
+
+class Config(dict):
+    """The settings as a dict from name to value; `given` names those set by a config file or the command line."""
+
+    def __init__(self, values, given):
+        super().__init__(values)
+        self.given = frozenset(given)
+
+
+def configure(settings, argv=None):
+    """Apply config files and `--key=value` arguments to `settings` (a script's globals), in place.
+
+    argv: the arguments, sys.argv[1:] unless given. Returns a Config of every setting. Raises UserError for a missing or
+    broken config file, an unknown key (naming the nearest known one) and a value of the wrong type.
+    """
+    sys.excepthook = report_uncaught
+    defaults = {key: value for key, value in settings.items() if not key.startswith('_') and type(value) in SETTING_TYPES}
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        print_help(settings, defaults)
+        sys.exit(0)
+    values, given = dict(defaults), set()
+    for argument in argv:
+        if argument.startswith('--'):
+            assigned = parse_argument(argument, defaults)
+        else:
+            assigned = run_config_file(argument, {**settings, **values}, defaults)
+        values.update(assigned)
+        given.update(assigned)
+    settings.update(values)
+    return Config(values, given)
+
+
+def require(config, test, rule, *keys):
+    """Raise UserError naming the first of `keys` whose value fails `test`; `rule` says in words what is wanted."""
+    for key in keys:
+        if not test(config[key]):
+            raise UserError(f'--{key}={config[key]}: must be {rule}')
+
+
+def parse_argument(argument, defaults):
+    """'--key=value' -> {key: value}, the value read as the type of the key's default."""
+    key, equals, text = argument[2:].partition('=')
+    check_known(key, defaults, argument)
+    if not equals:
+        raise UserError(f'{argument}: write it as --{key}=VALUE')
+    if isinstance(defaults[key], str):
+        return {key: text}  # text stays text, even if it looks like a number
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    return {key: check_type(key, value, defaults, argument)}
+
+
+def run_config_file(path, namespace, defaults):
+    """Run a config file in `namespace`, a copy of the script's globals so far -> {key: value} of what it assigned."""
+    code = compile_config_file(path)
+    try:
+        exec(code, namespace)
+    except Exception as error:
+        line = error.__traceback__.tb_next.tb_lineno if error.__traceback__.tb_next else '?'
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {one_line(str(error))}') from error
+    assigned = {}
+    for key in dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == 'STORE_NAME'):
+        if key.startswith('_') or key not in namespace:
+            continue  # a helper of the config file's own
+        value = namespace[key]
+        if key not in defaults and (isinstance(value, ModuleType) or callable(value)):
+            continue  # an import or a function: cannot be meant as a setting
+        check_known(key, defaults, path, hint=' (a helper name in a config file starts with an underscore)')
+        assigned[key] = check_type(key, value, defaults, path)
+    return assigned
+
+
+def compile_config_file(path):
+    """Read and compile a config file; UserError if it is missing or is not Python."""
+    hint = '' if os.path.exists(path) else ' (settings are written --key=value, config files are paths)'
+    try:
+        with open(path, encoding='utf-8') as file:
+            return compile(file.read(), path, 'exec')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read the config file {path}: {getattr(error, "strerror", None) or error}{hint}') from error
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f'{path}, line {getattr(error, "lineno", "?")}: not valid Python: {error}') from error
+
+
+def check_known(key, defaults, where, hint=''):
+    if key not in defaults:
+        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
+        raise UserError(f'{where}: unknown setting {key!r}; the nearest is {nearest[0]!r}, --help lists all{hint}')
+
+
+def check_type(key, value, defaults, where):
+    """The value, widened to the type of the key's default; UserError where the two do not fit."""
+    default = defaults[key]
+    if default is None or type(value) is type(default):
+        return value
+    if type(default) is float and type(value) is int:
+        return float(value)
+    expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[type(default)]
+    raise UserError(f'{where}: {key} must be {expected}, not {value!r}')
+
+
+def print_help(settings, defaults):
+    """Print the script's docstring and every setting as `--key=default  comment`, read from its source."""
+    with open(settings['__file__'], encoding='utf-8') as file:
+        source = file.read()
+    comments = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    assignments = {node.targets[0].id: node.lineno for node in ast.parse(source).body
+                   if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    print((settings.get('__doc__') or '').strip())
+    print('\nSettings, given as --key=value or assigned in a config file:')
+    for key, default in defaults.items():
+        print(f'  {f"--{key}={default!r}":<42} {comments.get(assignments.get(key), "")}'.rstrip())
+
+
+def report_uncaught(kind, error, traceback):
+    """sys.excepthook: a UserError, or an accelerator out of memory, is one line and exit status 2; the rest a traceback."""
+    if kind.__name__ == 'OutOfMemoryError':
+        error = UserError(f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the '
+                          f'global batch), --block_size or the model ({one_line(str(error), 120)})')
+    elif not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, traceback)
+    rank = os.environ.get('RANK', '0')
+    print(f'error: {error}' if rank == '0' else f'error (rank {rank}): {error}', file=sys.stderr, flush=True)
+    sys.exit(2)  # raised inside the hook, this sets the exit status and still runs the atexit handlers

@@ -1,0 +1,194 @@
+"""Token files to batches, in an order that is a function of (seed, step) alone.
+
+A split is raw little-endian ids, `train.bin` or shards `train_000.bin, train_001.bin, …`, uint16 unless the data set's
+meta.json says uint32. A window is block_size + 1 consecutive tokens: the input and, one further, the target.
+
+Because the global batch of a step depends on nothing but the seed and the step, resuming has nothing to replay, and any
+number of ranks trains on the same tokens: each takes its own micro-batches of the same global batch.
+"""
+import glob
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import torch
+
+from configurator import UserError, one_line, user_errors
+
+MAX_IDS_CHECKED = 2**28  # on opening, a larger split is checked in evenly spread pieces; every batch is checked again
+
+
+def read_meta(data_dir):
+    """What a data set says of itself -> dict: its meta.json, or {'nanogpt': …} with the content of a nanoGPT meta.pkl, or
+    {} if it has neither. Raises UserError if the folder is missing or the file cannot be trusted. Runs no code from it."""
+    if not os.path.isdir(data_dir):
+        raise UserError(f'there is no data set {data_dir}: run python {data_dir}/prepare.py (data/*/readme.md describe those '
+                        'that come with SAMgpt), or check --dataset')
+    path = os.path.join(data_dir, 'meta.json')
+    if os.path.exists(path):
+        with user_errors(OSError, ValueError, RecursionError, where=f'{path} is not a data set description (prepare the data again): '):
+            with open(path, encoding='utf-8') as file:
+                meta = json.load(file)
+            if not isinstance(meta, dict):
+                raise ValueError('it holds no JSON object')
+        return meta
+    path = os.path.join(data_dir, 'meta.pkl')
+    if os.path.exists(path):
+        with user_errors(Exception, where=f'{path} is not a nanoGPT meta.pkl: '):  # a broken pickle raises almost anything
+            with open(path, 'rb') as file:
+                return {'nanogpt': DataUnpickler(io.BytesIO(file.read())).load()}
+    return {}
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Reads pickled dicts, lists, texts and numbers; refuses whatever would import a name, and with it run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks to import {module}.{name}; only plain data is read')
+
+
+class Tokens:
+    """One split on disk, as one long row of ids. `tokens[start:end]` is a row across shards; len(tokens) counts them."""
+
+    def __init__(self, data_dir, split, meta, vocab_size=None):
+        """meta: from read_meta. vocab_size: ids must lie below it. Raises UserError for files that are missing, empty,
+        cut short, of another size than meta tells, or hold ids out of range."""
+        dtype = meta.get('dtype', 'uint16')
+        if dtype not in ('uint16', 'uint32'):
+            raise UserError(f"{data_dir}/meta.json: 'dtype' is {one_line(repr(dtype), 40)}, must be uint16 or uint32")
+        self.vocab_size = vocab_size
+        self.name = os.path.join(data_dir, f'{split}.bin')
+        self.paths = [self.name] if os.path.exists(self.name) else sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')))
+        if not self.paths:
+            raise UserError(f'{self.name} is missing: run python {data_dir}/prepare.py')
+        self.shards = [open_shard(path, np.dtype(dtype).newbyteorder('<')) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        expected = meta.get('tokens', {}).get(split) if isinstance(meta.get('tokens', {}), dict) else None
+        if expected is not None and expected != len(self):
+            raise UserError(f'{self.name} holds {len(self)} tokens, meta.json says {expected}: prepare the data again')
+        if vocab_size is not None:
+            for path, shard in zip(self.paths, self.shards):
+                check_ids(path, shard, vocab_size)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, span):
+        pieces, start = [], span.start
+        while start < span.stop:
+            shard = int(np.searchsorted(self.ends, start, side='right'))
+            offset = start - (int(self.ends[shard - 1]) if shard else 0)
+            piece = self.shards[shard][offset:offset + span.stop - start]
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def windows(self, starts, length):
+        """Windows at the given offsets -> int64 array (len(starts), length). UserError for an id out of range."""
+        rows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts):
+            row[:] = self[int(start):int(start) + length]
+        if self.vocab_size is not None and rows.max() >= self.vocab_size:
+            raise UserError(f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: prepare the data again')
+        return rows
+
+    def require_window(self, block_size):
+        """Raise UserError unless at least one window fits."""
+        if len(self) <= block_size:
+            raise UserError(f'{self.name} holds {len(self)} tokens, too few for one window of block_size + 1 = {block_size + 1}: '
+                            f'lower --block_size or prepare more text')
+
+
+def open_shard(path, dtype):
+    """Map a file of ids into memory, read-only. UserError if it is empty, not a whole number of ids, or unreadable."""
+    with user_errors(OSError, ValueError, where=f'cannot read {path}: '):
+        size = os.path.getsize(path)
+        if size == 0:
+            raise ValueError('it is empty; prepare the data again')
+        if size % dtype.itemsize:
+            raise ValueError(f'{size} bytes are not a whole number of {dtype.name} ids, so it was cut short; prepare the data again')
+        return np.memmap(path, dtype=dtype, mode='r')
+
+
+def check_ids(path, shard, vocab_size, piece=2**22):
+    """Raise UserError if an id at or above vocab_size is found in the shard, or in MAX_IDS_CHECKED of a larger one."""
+    stride = piece * max(1, -(-len(shard) // MAX_IDS_CHECKED))
+    for start in range(0, len(shard), stride):
+        largest = int(shard[start:start + piece].max())
+        if largest >= vocab_size:
+            raise UserError(f'{path} holds the id {largest}, the vocabulary ends at {vocab_size - 1}: '
+                            'it was prepared with another tokenizer; prepare the data again')
+
+
+def random_words(n, *key):
+    """n pseudo-random 64-bit words, a function of the key alone: numpy promises that these bit streams never change."""
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+
+
+class TrainBatches:
+    """The training order of one rank.
+
+    A step's global batch is `micro_batches` micro-batches of `batch_size` windows. order 'random': windows start anywhere,
+    as in nanoGPT. order 'shuffle': an epoch cuts the split into windows side by side, at an offset of its own, and takes
+    each once in an order of its own. Of the global batch, rank r of w takes every w-th micro-batch, beginning with the r-th.
+    """
+
+    def __init__(self, tokens, block_size, batch_size, micro_batches, seed, order, ranks, device, step=0):
+        tokens.require_window(block_size)
+        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
+        self.micro_batches, self.seed, self.order = micro_batches, seed, order
+        self.ranks, self.device = ranks, device
+        self.step, self.micro = step, ranks.rank  # what next() takes next
+        self.epoch, self.epoch_starts = None, None
+
+    def next(self):
+        """The next micro-batch of this rank -> x, y: int64 (batch_size, block_size) on the device, y one token further."""
+        starts = self.window_starts(self.step)[self.micro * self.batch_size:][:self.batch_size]
+        self.micro += self.ranks.world_size
+        if self.micro >= self.micro_batches:
+            self.step, self.micro = self.step + 1, self.ranks.rank
+        return to_device(self.tokens.windows(starts, self.block_size + 1), self.device)
+
+    def window_starts(self, step):
+        """Offsets of the windows in the global batch of a step -> int array (micro_batches * batch_size,)."""
+        size = self.micro_batches * self.batch_size
+        if self.order == 'random':
+            return random_words(size, self.seed, step) % np.uint64(len(self.tokens) - self.block_size)
+        n_windows = max(1, len(self.tokens) // self.block_size - 1)  # fit at any offset up to a window's length
+        positions = range(step * size, (step + 1) * size)
+        return np.array([self.shuffled_starts(p // n_windows, n_windows)[p % n_windows] for p in positions])
+
+    def shuffled_starts(self, epoch, n_windows):
+        """Offsets of an epoch's windows in its order -> int array (n_windows,), kept until another epoch is asked for."""
+        if epoch != self.epoch:
+            words = random_words(n_windows + 1, self.seed, epoch, 1)
+            offset = int(words[-1]) % min(self.block_size, len(self.tokens) - n_windows * self.block_size)
+            self.epoch, self.epoch_starts = epoch, np.argsort(words[:-1], kind='stable') * self.block_size + offset
+        return self.epoch_starts
+
+
+def eval_batches(tokens, block_size, batch_size, n_batches, ranks, device):
+    """Yield this rank's share of the evaluation: x, y as in training, y = -1 in rows that only fill up the last batch.
+
+    The windows are the same at every call: up to n_batches * batch_size of them, side by side where that covers the split,
+    evenly spread over it otherwise. Batch j belongs to rank j mod world_size.
+    """
+    tokens.require_window(block_size)
+    available = (len(tokens) - 1) // block_size
+    count = min(n_batches * batch_size, available)
+    starts = np.arange(count) * available // count * block_size
+    for first in range(ranks.rank * batch_size, count, ranks.world_size * batch_size):
+        rows = tokens.windows(starts[first:first + batch_size], block_size + 1)
+        padding = np.full((batch_size - len(rows), block_size + 1), -1)  # one shape for all, so that nothing recompiles
+        x, y = to_device(np.concatenate((rows, padding)), device)
+        yield x.clamp_min(0), y
+
+
+def to_device(rows, device):
+    """Windows (B, T + 1) -> inputs and targets, (B, T) each, on the device."""
+    x, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
+    if device.type == 'cuda':  # pinned memory lets the copy run while the host goes on
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+    return x.to(device), y.to(device)

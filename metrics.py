@@ -1,0 +1,112 @@
+"""What a run reports. One record, a dict of numbers, goes to the console, to out_dir/metrics.jsonl and to wandb alike.
+
+A record of an update has 'iter' and 'loss', one of an evaluation 'iter', 'train/loss' and 'val/loss', under the names that
+nanoGPT gives them in wandb. 'iter' counts updates: record n of an update is the (n + 1)-th, an evaluation at n comes after n.
+"""
+import json
+import math
+import os
+
+from configurator import UserError, one_line
+
+FILE = 'metrics.jsonl'
+
+
+class RunLog:
+    """The log of the one rank that writes. `wandb_id` names the wandb run, so that a resumed run continues it."""
+
+    wandb_id = None
+
+    def __init__(self, out_dir, config, resumed_at=None, wandb_id=None):
+        """resumed_at: the update at which a resumed run goes on; records from there on are dropped, they will come again.
+        wandb_id: of the wandb run to continue. Raises UserError if wandb is wanted and not installed, or fails to start."""
+        path = os.path.join(out_dir, FILE)
+        if resumed_at is not None and os.path.exists(path):
+            records = [record for record in read_metrics(path) if record['iter'] < resumed_at]
+            with open(path + '.tmp', 'w', encoding='utf-8') as file:
+                file.writelines(to_json(record) + '\n' for record in records)
+            os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', encoding='utf-8', buffering=1)  # every line reaches the file at once
+        self.wandb = None
+        if config['wandb_log']:
+            self.wandb = start_wandb(config, wandb_id)
+            self.wandb_id = self.wandb.id
+
+    def update(self, record):
+        """Report one update."""
+        self.write(record)
+        mfu = 'unknown' if record['mfu'] is None else f'{100 * record["mfu"]:.1f}%'
+        print(f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {record["time_ms"]:.2f}ms, mfu {mfu}, lr {record["lr"]:.2e}, '
+              f'norm {record["grad_norm"]:.2f}, clipped {100 * record["clipped"]:.0f}%, update/weight {record["update_ratio"]:.1e}, '
+              f'{record["tokens_per_s"]:,.0f} tok/s, {duration(record["left_s"])} left', flush=True)
+
+    def evaluation(self, record):
+        """Report one evaluation."""
+        self.write(record)
+        print(f'step {record["iter"]}: train loss {record["train/loss"]:.4f}, val loss {record["val/loss"]:.4f}', flush=True)
+
+    def write(self, record):
+        self.file.write(to_json(record) + '\n')
+        if self.wandb:
+            self.wandb.log({key: value for key, value in record.items() if value is not None})
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class NoLog:
+    """The log of the ranks that only compute."""
+
+    wandb_id = None
+
+    def update(self, record): pass
+    def evaluation(self, record): pass
+    def close(self): pass
+
+
+def start_wandb(config, wandb_id):
+    """Start, or continue, the wandb run that the settings describe. UserError if that cannot be done."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError('--wandb_log=True needs the package wandb: pip install wandb, or set --wandb_log=False') from error
+    try:
+        return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=dict(config),
+                          id=wandb_id, resume='allow' if wandb_id else None)
+    except Exception as error:  # no account, no network, no permission
+        raise UserError(f'wandb cannot start ({one_line(str(error), 120)}): log in, set WANDB_MODE=offline, or set '
+                        '--wandb_log=False') from error
+
+
+def to_json(record):
+    """The record on one line, floats to 7 digits; JSON has no NaN and no infinity, they become null."""
+    return json.dumps({key: value if not isinstance(value, float) else float(f'{value:.7g}') if math.isfinite(value) else None
+                       for key, value in record.items()})
+
+
+def read_metrics(path):
+    """The records in a metrics.jsonl, in order, without a last line that a crash cut short."""
+    records = []
+    with open(path, encoding='utf-8', errors='replace') as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get('iter'), int):
+                records.append(record)
+    return records
+
+
+def duration(seconds):
+    """Seconds -> '42s', '3m07s', '2h05m', '4d03h'; '?' if not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return '?'
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f'{days}d{hours:02}h'
+    return f'{hours}h{minutes:02}m' if hours else f'{minutes}m{seconds:02}s' if minutes else f'{seconds}s'

@@ -1,0 +1,71 @@
+"""Draw the loss curves of one or more runs, from their metrics.jsonl, into a PNG.
+
+    python plot.py --runs=out-a,out-b --output=loss.png --title="Two learning rates"
+"""
+import os
+
+from configurator import UserError, configure, require, user_errors
+from metrics import FILE, read_metrics
+
+runs = 'out'  # the runs' folders, with commas between
+output = ''  # the PNG to write; loss.png in the first run's folder unless given
+title = ''  # above the plot
+x = 'iter'  # along the horizontal axis: 'iter' for updates, 'seconds' for training time
+config = configure(globals())
+
+require(config, lambda v: v in ('iter', 'seconds'), "'iter' or 'seconds'", 'x')
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws to files, needs no screen
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise UserError('plotting needs the package matplotlib: pip install matplotlib') from error
+
+
+def training_seconds(updates):
+    """Seconds of training up to each logged update. A line of the log tells the mean time of the updates since the last."""
+    seconds, total, previous = [], 0.0, -1
+    for record in updates:
+        total += (record['iter'] - previous) * record['time_ms'] / 1000
+        previous = record['iter']
+        seconds.append(total)
+    return seconds
+
+
+def seconds_at(iteration, updates, seconds):
+    """Training seconds at an evaluation: those of the last update logged before it."""
+    return max((s for record, s in zip(updates, seconds) if record['iter'] < iteration), default=0.0)
+
+
+figure = Figure(figsize=(8, 5), dpi=120)
+FigureCanvasAgg(figure)
+axes = figure.add_subplot()
+folders = [folder.strip() for folder in runs.split(',') if folder.strip()]
+for n, folder in enumerate(folders):
+    with user_errors(OSError, where=f'cannot read {os.path.join(folder, FILE)}, train first or check --runs: '):
+        records = read_metrics(os.path.join(folder, FILE))
+    updates = [r for r in records if r.get('loss') is not None]
+    evaluations = [r for r in records if r.get('val/loss') is not None]
+    if not updates and not evaluations:
+        raise UserError(f'{os.path.join(folder, FILE)} holds no losses yet: train on')
+    label, color = os.path.basename(os.path.normpath(folder)), f'C{n}'
+    if x == 'seconds':
+        seconds = training_seconds(updates)
+        update_x, evaluation_x = seconds, [seconds_at(r['iter'], updates, seconds) for r in evaluations]
+    else:
+        update_x, evaluation_x = [r['iter'] for r in updates], [r['iter'] for r in evaluations]
+    axes.plot(update_x, [r['loss'] for r in updates], color=color, alpha=0.3, linewidth=0.8, label=f'{label}, each batch')
+    if evaluations:
+        best = min(r['val/loss'] for r in evaluations)
+        axes.plot(evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'{label}, train')
+        axes.plot(evaluation_x, [r['val/loss'] for r in evaluations], color=color, marker='o', markersize=3,
+                  label=f'{label}, val (lowest {best:.4f})')
+axes.set_xlabel('updates' if x == 'iter' else 'training time (s)')
+axes.set_ylabel('loss (nats a token)')
+axes.set_title(title)
+axes.grid(alpha=0.3)
+axes.legend()
+figure.tight_layout()
+output = output or os.path.join(folders[0], 'loss.png')
+with user_errors(OSError, ValueError, where=f'cannot write {output}: '):
+    figure.savefig(output)
+print(f'wrote {output}')

@@ -1,0 +1,229 @@
+"""Where a run happens: device, precision, ranks, seeds, compilation, signals, and what the device could do at best."""
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import UserError, one_line, user_errors
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Peak dense TFLOP/s by device name, from the makers' data sheets: (bfloat16 or float16, float32 by way of TF32 where the
+# device has it). The first name that occurs in the device's own name counts, so longer names stand before their prefixes.
+PEAK_TFLOPS = {
+    'B200': (2250, 1125), 'GH200': (989, 494), 'H200': (989, 494), 'H100 NVL': (835, 417), 'H100 PCIe': (756, 378), 'H100': (989, 494),
+    'A100': (312, 156), 'A30': (165, 82), 'A10G': (70, 35), 'A10': (125, 62), 'L40S': (362, 183), 'L40': (181, 90), 'L4': (121, 60),
+    'V100': (125, 15.7), 'T4': (65, 8.1), 'RTX 6000 Ada': (364, 182), 'RTX A6000': (155, 77),
+    'RTX 5090': (209, 105), 'RTX 4090': (165, 83), 'RTX 3090': (71, 36),
+}
+
+
+# --- device and precision ---------------------------------------------------------------------------------------------
+
+def pick_device(name, local_rank=0):
+    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device; plain 'cuda' is this rank's own GPU.
+
+    Raises UserError for a device that torch does not know or that this machine does not have.
+    """
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'--device={name}: unknown device; use auto, cpu, cuda, cuda:N or mps') from error
+    if device.type not in ('cpu', 'cuda', 'mps'):
+        raise UserError(f'--device={name}: not supported; use auto, cpu, cuda, cuda:N or mps')
+    if device.type == 'cuda':
+        index = local_rank if device.index is None else device.index
+        if not torch.cuda.is_available():
+            raise UserError(f'--device={name}: torch {torch.__version__} sees no CUDA device here; use --device=auto or --device=cpu')
+        if index >= torch.cuda.device_count():
+            raise UserError(f'--device={name}: there is no GPU {index}, this machine has {torch.cuda.device_count()}')
+        device = torch.device('cuda', index)
+        torch.cuda.set_device(device)
+    elif device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError('--device=mps: torch sees no Apple GPU here; use --device=auto or --device=cpu')
+    return device
+
+
+def pick_dtype(name, device):
+    """'auto', 'float32', 'bfloat16' or 'float16' -> the torch.dtype that matrix products run in. UserError for any other.
+
+    'auto' is bfloat16 on CUDA devices that have it in hardware, float16 on older ones, float32 elsewhere.
+    """
+    if name == 'auto':
+        if device.type != 'cuda':
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name not in DTYPES:
+        raise UserError(f'--dtype={name}: unknown; use auto, {", ".join(DTYPES)}')
+    if name == 'float16' and device.type != 'cuda':
+        raise UserError('--dtype=float16: needs a CUDA device; here use float32 or bfloat16')
+    return DTYPES[name]
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in dtype while weights and sums stay in float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.amp.autocast(device_type=device.type, dtype=dtype)
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device reaches at best in dense matrix products of this dtype; None where it is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    for known, (half, single) in PEAK_TFLOPS.items():
+        if known in name:
+            return 1e12 * (single if dtype == torch.float32 else half)
+    return None
+
+
+def use_fast_float32():
+    """Let float32 matrix products on CUDA use TF32: about 8 times faster, with 10 bits of mantissa in the factors."""
+    torch.set_float32_matmul_precision('high')
+
+
+def peak_memory(device):
+    """Most memory this process has held, bytes: allocated on a CUDA device, resident on the host otherwise."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device):
+    """Wait until the device has done all it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; a single process is rank 0 of 1."""
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self):
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values, device):
+        """Element-wise sum over the ranks of a list of floats -> list. A collective: every rank must call it."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def find_ranks():
+    """The Ranks that torchrun's environment variables describe."""
+    with user_errors(ValueError, KeyError, where='the environment has RANK but not the rest of what torchrun sets: '):
+        if 'RANK' not in os.environ:
+            return Ranks()
+        return Ranks(int(os.environ['RANK']), int(os.environ['LOCAL_RANK']), int(os.environ['WORLD_SIZE']))
+
+
+def join_ranks(backend, device, ranks):
+    """Connect the ranks by backend 'auto' (nccl on CUDA, gloo elsewhere), 'nccl' or 'gloo'; for one process, nothing."""
+    if ranks.world_size == 1:
+        return
+    if backend == 'auto':
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    if backend not in ('nccl', 'gloo'):
+        raise UserError(f'--backend={backend}: unknown; use auto, nccl or gloo')
+    if backend == 'nccl' and device.type != 'cuda':
+        raise UserError(f'--backend=nccl: works between CUDA devices only, not on {device.type}; use auto or gloo')
+    dist.init_process_group(backend)
+
+
+def leave_ranks(ranks):
+    """Wait for the others and disconnect."""
+    if ranks.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+def seed_all(*key):
+    """Seed torch's generators on every device from a key of integers, such as (seed, step, micro-batch).
+
+    What is drawn after it is a function of the key alone: a run that seeds so at every micro-batch has no random state to
+    save, continues exactly wherever it is resumed, and draws the same on any number of ranks.
+    """
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+
+def compile_or_stay_eager(model, trial):
+    """Compile the model in place if a trial run then works, else leave it as it is, after one line of warning.
+
+    Compilation is lazy: only a trial shows whether this machine has what it needs (a C++ compiler, Triton, a new enough
+    Python). trial() must call the model as it is going to be used. Compiled in place, the model keeps its parameters' names.
+    """
+    try:
+        model.compile()
+        trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: it comes from compilers, linkers, drivers
+        print(f'warning: torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})',
+              file=sys.stderr, flush=True)
+        model._compiled_call_impl = None  # where Module.compile() keeps its work; there is no public way to take it back
+        model.zero_grad(set_to_none=True)
+
+
+# --- signals and time -------------------------------------------------------------------------------------------------
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag, so that a run can finish its step and save. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.received = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum, frame):
+        self.received = signal.Signals(signum)
+        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun repeats the signal: there, only its own SIGKILL ends at once
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
+    def on_any(self, ranks, device):
+        """Has any rank been told to stop? A collective: every rank must call it, and all get the same answer."""
+        return ranks.sum([float(self.received is not None)], device)[0] > 0
+
+
+class Stopwatch:
+    """Where the time goes: lap(name) adds the time since the last lap to `name`. Wall-clock seconds in `seconds`.
+
+    On an accelerator work is queued, so that a lap shows what the host waited for, not what the device did meanwhile.
+    """
+
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+        return elapsed
+
+    def total(self, *names):
+        """Seconds of all the named laps together."""
+        return sum(self.seconds.get(name, 0.0) for name in names)
