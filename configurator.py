@@ -1,6 +1,6 @@
 """Settings for a script: its own globals, then config files, then the command line.
 
-A script lists its settings as module globals, each with a comment at the end of the line, and then calls
+A script lists its settings as module globals in lower case, each with a comment at the end of the line, and then calls
 
     config = configure(globals())
 
@@ -58,7 +58,8 @@ def configure(settings, argv=None):
     broken config file, an unknown key (naming the nearest known one) and a value of the wrong type.
     """
     sys.excepthook = report_uncaught
-    defaults = {key: value for key, value in settings.items() if not key.startswith('_') and type(value) in SETTING_TYPES}
+    defaults = {key: value for key, value in settings.items()
+                if type(value) in SETTING_TYPES and not key.startswith('_') and not key.isupper()}
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print_help(settings, defaults)
@@ -152,7 +153,7 @@ def print_help(settings, defaults):
         source = file.read()
     comments = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
-    assignments = {node.targets[0].id: node.lineno for node in ast.parse(source).body
+    assignments = {node.targets[0].id: node.lineno for node in reversed(ast.parse(source).body)  # the first assignment counts
                    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
     print((settings.get('__doc__') or '').strip())
     print('\nSettings, given as --key=value or assigned in a config file:')

@@ -1,0 +1,83 @@
+"""What the tests share: running the scripts as a user does, and tiny data sets to run them on."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / 'shared'  # texts and vocabularies that some machines have
+sys.path.insert(0, str(REPO))
+
+# A model and a run that take a second or two
+TINY = ['--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32',
+        '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=4',
+        '--max_iters=8', '--warmup_iters=2', '--lr_decay_iters=8', '--learning_rate=1e-2', '--min_lr=1e-3']
+CHARS = '\n abcdefghijklmnopqrstuvwxyz.'
+
+
+def environment(**extra):
+    """This process's environment, with one thread a process so that tests can run side by side."""
+    clean = {key: value for key, value in os.environ.items() if key not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+    return {**clean, 'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'offline', 'HF_HUB_OFFLINE': '1', **extra}
+
+
+def run(script, *arguments, cwd, timeout=120, **extra):
+    """Run a script of the repository in a folder, as its own process -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, str(REPO / script), *map(str, arguments)], cwd=cwd, env=environment(**extra),
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def run_ok(script, *arguments, **keywords):
+    """Like run, and the script must succeed -> its standard output."""
+    result = run(script, *arguments, **keywords)
+    assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
+    return result.stdout
+
+
+def torchrun(processes, *arguments, cwd, **extra):
+    """Train on several ranks of this machine -> standard output."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', str(REPO / 'train.py')]
+    result = subprocess.run([*command, *arguments], cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
+    return result.stdout
+
+
+def write_data(folder, n_train=4000, n_val=1000, chars=CHARS):
+    """A data set with some order in it: characters that mostly follow one another in the alphabet."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    steps = rng.choice([1, 2, 5], size=n_train + n_val, p=[0.7, 0.2, 0.1])
+    ids = (np.cumsum(steps) % len(chars)).astype('<u2')
+    ids[:n_train].tofile(folder / 'train.bin')
+    ids[n_train:].tofile(folder / 'val.bin')
+    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16',
+            'tokens': {'train': n_train, 'val': n_val}}
+    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+
+
+def metrics(out_dir):
+    """The records of a run -> (updates, evaluations)."""
+    records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    return [r for r in records if 'loss' in r], [r for r in records if 'val/loss' in r]
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A folder to run scripts in, with the data set data/tiny."""
+    write_data(tmp_path / 'data' / 'tiny')
+    return tmp_path
+
+
+@pytest.fixture
+def gpt2_vocabulary(monkeypatch):
+    """The GPT-2 tokenizer, where its vocabulary can be had; else the test is skipped."""
+    if 'TIKTOKEN_CACHE_DIR' not in os.environ:
+        monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
+        if not (SHARED / 'tiktoken_cache').exists():
+            pytest.skip('no copy of the GPT-2 vocabulary here, set TIKTOKEN_CACHE_DIR')
+    from tokenizer import load_gpt2
+    return load_gpt2()
