@@ -44,7 +44,7 @@ require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_iters', 'max_s
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-use_fast_float32()
+use_fast_float32(device)
 seed_all(seed)
 
 # --- model, data, optimizer -------------------------------------------------------------------------------------------

@@ -43,10 +43,11 @@ python=$venv/bin/python
 if [ "$input" ]; then
     name=$(basename "$input"); name=${name%.*}; name=${name#.}
     dataset=text/$name
-    before=$(cksum < "data/$dataset/train.bin" 2>/dev/null || true)
+    fingerprint() { if [ -e "data/$dataset/train.bin" ]; then cksum < "data/$dataset/train.bin"; fi; }
+    before=$(fingerprint)
     echo "== preparing $input"
     $python data/text/prepare.py --input="$input" --name="$name"
-    after=$(cksum < "data/$dataset/train.bin")
+    after=$(fingerprint)
 else
     dataset=shakespeare_char before= after=
     if [ ! -e data/$dataset/meta.json ]; then

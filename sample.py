@@ -32,7 +32,7 @@ require(config, lambda v: v >= 0, '0 or more', 'max_new_tokens', 'temperature', 
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-use_fast_float32()
+use_fast_float32(device)
 
 # --- model and tokenizer ----------------------------------------------------------------------------------------------
 if init_from == 'resume':
@@ -55,6 +55,8 @@ if tokenizer.vocab_size > model.config.vocab_size:
 model.eval().to(device)
 
 # --- prompt -----------------------------------------------------------------------------------------------------------
+if 'start' not in config.given and spec['kind'] == 'char' and start not in spec['chars']:
+    start = spec['chars'][0]  # a vocabulary without a line end: begin with some character that it has
 if start.startswith('FILE:'):
     with user_errors(OSError, UnicodeDecodeError, where=f'cannot read the prompt {start[5:]}: '), open(start[5:], encoding='utf-8') as file:
         start = file.read()

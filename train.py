@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -91,7 +90,7 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 device = pick_device(device, ranks.local_rank)
 dtype = pick_dtype(dtype, device)
 join_ranks(backend, device, ranks)
-use_fast_float32()
+use_fast_float32(device)
 stop = StopSignal()
 
 
@@ -240,20 +239,21 @@ flops_per_iter = raw_model.flops_per_token() * tokens_per_iter
 peak = peak_flops(device, dtype)
 skipped = 0  # updates in a row that were not finite
 unlogged, clipped, logged_seconds = 0, 0, 0.0  # since the last line of the log: updates, clipped ones; training time until then
-loop_start, first_iter = time.perf_counter(), iter_num
+first_iter = iter_num
 raw_model.train()
 x, y = batches.next()
 watch.lap('start')
 
 while True:
     # evaluate and save when due
-    stopping = stop.on_any(ranks, device)
+    stopping = stop.on_any(ranks, device) and not skipped  # weights whose gradient is not finite are not worth saving
     finished = iter_num >= max_iters
     if not stopping and (iter_num % eval_interval == 0 or finished):
         losses = evaluate()
         watch.lap('evaluation')
-        stopping = stop.on_any(ranks, device)  # a signal cuts an evaluation short, and its numbers do not count
-        if not stopping:
+        if stop.on_any(ranks, device):  # a signal cuts an evaluation short, and its numbers do not count
+            stopping = not skipped
+        else:
             if not math.isfinite(losses['val']):
                 raise UserError(f'the validation loss is {losses["val"]} after {iter_num} updates: lower --learning_rate, or use '
                                 '--dtype=float32; nothing was saved from here on')
@@ -315,7 +315,7 @@ while True:
             'time_ms': 1000 * time_per_iter, 'tokens_per_s': tokens_per_iter / time_per_iter,
             'mfu': flops_per_iter / time_per_iter / (peak * ranks.world_size) if peak else None,
             'grad_norm': norm, 'clipped': clipped / unlogged, 'update_ratio': update_ratio(watched, before), 'skipped': skipped,
-            'left_s': (max_iters - iter_num) * (time.perf_counter() - loop_start) / (iter_num - first_iter),
+            'left_s': (max_iters - iter_num) * (seconds / (iter_num - first_iter) + watch.mean('evaluation', 'saving') / eval_interval),
         })
         clipped = unlogged = 0
         watch.lap('logging')

@@ -10,6 +10,7 @@ wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt-cpu'
 
 dataset = 'shakespeare_char'
+data_order = 'shuffle'  # a small text, read more than once: every part of it equally often
 gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 64

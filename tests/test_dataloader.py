@@ -1,0 +1,136 @@
+"""The order of training: a function of seed and step, whatever the ranks; windows, shards, checks."""
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from conftest import CHARS, write_data
+from dataloader import Tokens, TrainBatches, check_ids, eval_batches, read_meta
+from runtime import Ranks
+from tokenizer import spec_from_nanogpt
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A data set whose ids count up, so that a window tells where it lies: 1003 train tokens."""
+    np.arange(1003, dtype='<u2').tofile(tmp_path / 'train.bin')
+    return Tokens(str(tmp_path), 'train', {}, 2000)
+
+
+def global_batch(tokens, world_size, order, step=0, steps=1):
+    """The rows that all ranks together train on in some steps, in micro-batch order -> (x, y) lists of lists."""
+    rows = {}
+    for rank in range(world_size):
+        batches = TrainBatches(tokens, 10, 3, 4, 7, order, Ranks(rank, rank, world_size), CPU, step)
+        for s in range(steps):
+            for micro in range(rank, 4, world_size):
+                x, y = batches.next()
+                assert x.shape == y.shape == (3, 10) and x.dtype == torch.int64
+                assert torch.equal(y[:, :-1], x[:, 1:]) and torch.equal(y, x + 1)  # the next token, by construction
+                rows[s, micro] = x[:, 0].tolist()
+    return [rows[key] for key in sorted(rows)]
+
+
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_any_number_of_ranks_trains_on_the_same(counting, order):
+    alone = global_batch(counting, 1, order, steps=12)
+    assert alone == global_batch(counting, 2, order, steps=12) == global_batch(counting, 4, order, steps=12)
+
+
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_resuming_replays_nothing(counting, order):
+    assert global_batch(counting, 1, order, steps=30)[4 * 19:] == global_batch(counting, 2, order, step=19, steps=11)
+
+
+def test_seeds_and_steps_differ(counting):
+    steps = global_batch(counting, 1, 'random', steps=3)
+    assert len({tuple(rows) for rows in steps}) == len(steps)
+    other = TrainBatches(counting, 10, 3, 4, 8, 'random', Ranks(), CPU)
+    assert other.next()[0][:, 0].tolist() != steps[0]
+
+
+def test_random_windows_reach_both_ends(tmp_path):
+    np.arange(14, dtype='<u2').tofile(tmp_path / 'train.bin')
+    starts = global_batch(Tokens(str(tmp_path), 'train', {}), 1, 'random', steps=20)
+    assert {start for rows in starts for start in rows} == {0, 1, 2, 3}  # 3 + 11 = 14: the last window ends with the file
+
+
+def test_an_epoch_takes_every_window_once(counting):
+    n_windows = 1003 // 10 - 1
+    starts = [start for rows in global_batch(counting, 1, 'shuffle', steps=n_windows) for start in rows]  # 12 epochs
+    for epoch in range(12):
+        taken = starts[epoch * n_windows:(epoch + 1) * n_windows]
+        offset = min(taken)
+        assert sorted(taken) == [offset + 10 * i for i in range(n_windows)] and offset + 10 * n_windows < 1003
+        assert taken != sorted(taken)
+    assert len({min(starts[e * n_windows:(e + 1) * n_windows]) for e in range(12)}) > 3  # epochs are cut at other offsets
+
+
+def test_shuffle_of_a_single_window(tmp_path):
+    np.arange(11, dtype='<u2').tofile(tmp_path / 'train.bin')
+    assert set(map(tuple, global_batch(Tokens(str(tmp_path), 'train', {}), 1, 'shuffle', steps=3))) == {(0, 0, 0)}
+
+
+def test_shards_are_one_long_row(tmp_path, counting):
+    ids = np.arange(1003, dtype='<u4')
+    folder = tmp_path / 'shards'
+    folder.mkdir()
+    for n, (start, end) in enumerate([(0, 5), (5, 6), (6, 700), (700, 1003)]):
+        ids[start:end].tofile(folder / f'train_{n:03}.bin')
+    sharded = Tokens(str(folder), 'train', {'dtype': 'uint32'}, 2000)
+    assert len(sharded) == 1003 and len(sharded.paths) == 4
+    assert sharded.windows([0, 3, 695, 992], 11).tolist() == counting.windows([0, 3, 695, 992], 11).tolist()
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_evaluation_windows(counting, world_size):
+    def windows(n_batches):
+        rows = []
+        for rank in range(world_size):
+            for x, y in eval_batches(counting, 10, 8, n_batches, Ranks(rank, rank, world_size), CPU):
+                assert x.shape == y.shape == (8, 10)
+                real = (y >= 0).all(1)
+                assert (y[~real] == -1).all() and torch.equal(y[real], x[real] + 1)
+                rows += x[real, 0].tolist()
+        return sorted(rows)
+
+    assert windows(1000) == list(range(0, 1000, 10))  # more than there are: the whole split, once
+    few = windows(3)
+    assert len(few) == 24 and few == windows(3)
+    assert max(few) > 900 and {b - a for a, b in zip(few, few[1:])} <= {40, 50}  # spread evenly
+
+
+def test_ids_are_checked_when_opened_and_when_read(tmp_path):
+    ids = np.zeros(1000, dtype='<u2')
+    ids[700] = 65
+    ids.tofile(tmp_path / 'train.bin')
+    with pytest.raises(UserError, match='holds the id 65, the vocabulary ends at 64'):
+        Tokens(str(tmp_path), 'train', {}, 65)
+    tokens = Tokens(str(tmp_path), 'train', {}, 66)
+    tokens.vocab_size = 65  # as if the first check had passed over it, as it may in a very large file
+    assert tokens.windows([0, 600], 100).shape == (2, 100)
+    with pytest.raises(UserError, match='holds the id 65'):
+        tokens.windows([0, 650], 100)
+    check_ids('x', ids, 66, piece=64)
+    with pytest.raises(UserError):
+        check_ids('x', ids, 65, piece=64)
+
+
+def test_meta_json_and_nanogpt_meta_pkl(tmp_path):
+    write_data(tmp_path / 'ours')
+    assert read_meta(str(tmp_path / 'ours'))['tokenizer']['chars'] == CHARS
+    theirs = tmp_path / 'theirs'
+    theirs.mkdir()
+    assert read_meta(str(theirs)) == {}
+    meta = {'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'é'}, 'stoi': {'a': 0, 'b': 1, 'é': 2}}
+    (theirs / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert spec_from_nanogpt(read_meta(str(theirs))['nanogpt']) == {'kind': 'char', 'chars': 'abé'}
+    (theirs / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3}))
+    assert spec_from_nanogpt(read_meta(str(theirs))['nanogpt']) is None
+    (theirs / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': np.int64(3)}))
+    with pytest.raises(UserError, match='only plain data'):
+        read_meta(str(theirs))

@@ -1,0 +1,244 @@
+"""sample.py, bench.py, plot.py, the prepare.py scripts and quickstart.sh, as a user runs them."""
+import ast
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import CHARS, REPO, SHARED, TINY, environment, run, run_ok
+from dataloader import Tokens, read_meta
+from model import GPT, GPTConfig
+from tokenizer import load_tokenizer
+
+SAMPLE = ['--device=cpu', '--max_new_tokens=20', '--num_samples=3']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with a run in out/."""
+    from conftest import write_data
+    folder = tmp_path_factory.mktemp('trained')
+    write_data(folder / 'data' / 'tiny')
+    run_ok('train.py', *TINY, cwd=folder)
+    return folder
+
+
+def samples(text):
+    return text.split('\n---------------\n')[:-1]
+
+
+def test_sampling(trained, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('abc\n', encoding='utf-8')
+    out = f'--out_dir={trained / "out"}'  # the tokenizer comes from the checkpoint: no data set is near
+    first = samples(run_ok('sample.py', out, *SAMPLE, '--start=FILE:prompt.txt', cwd=tmp_path))
+    assert len(first) == 3 and len(set(first)) > 1
+    assert all(text.startswith('abc\n') and len(text) == 24 and set(text) <= set(CHARS) for text in first)
+    assert first == samples(run_ok('sample.py', out, *SAMPLE, '--start=FILE:prompt.txt', cwd=tmp_path))
+    assert first != samples(run_ok('sample.py', out, *SAMPLE, '--start=FILE:prompt.txt', '--seed=1', cwd=tmp_path))
+    greedy = samples(run_ok('sample.py', out, *SAMPLE, '--start=abc', '--temperature=0', cwd=tmp_path))
+    assert len(set(greedy)) == 1 and greedy == samples(run_ok('sample.py', out, *SAMPLE, '--start=abc', '--top_k=1', cwd=tmp_path))
+    assert len(samples(run_ok('sample.py', out, *SAMPLE, '--ckpt=ckpt_best.pt', cwd=tmp_path))) == 3
+
+
+def test_sampling_loads_only_what_it_needs(trained):
+    program = ('import runpy, sys; sys.argv = ["sample.py", "--out_dir=out", "--device=cpu", "--max_new_tokens=2"]; '
+               f'runpy.run_path({str(REPO / "sample.py")!r}, run_name="__main__"); '
+               'print([name for name in ("transformers", "tiktoken", "tokenizers", "matplotlib", "wandb") if name in sys.modules])')
+    result = subprocess.run([os.sys.executable, '-c', program], cwd=trained, capture_output=True, text=True,
+                            env=environment(PYTHONPATH=str(REPO)))
+    assert result.stdout.splitlines()[-1] == '[]', result.stderr
+
+
+def test_sampling_from_hugging_face_with_its_own_tokenizer(tmp_path):
+    import tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(['hello world'] * 3, vocab_size=260, show_progress=False)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=320, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(tmp_path / 'hf')
+    bpe.save(str(tmp_path / 'hf' / 'tokenizer.json'))
+    text, = samples(run_ok('sample.py', '--init_from=hf', '--start=hello', '--num_samples=1', '--max_new_tokens=10', '--temperature=0',
+                           '--device=cpu', cwd=tmp_path))
+    ids = torch.tensor([bpe.encode('hello').ids])
+    logits_end = bpe.get_vocab_size()  # the model's last 60 ids stand for nothing and must not be drawn
+    for _ in range(10):
+        ids = torch.cat((ids, model.eval()(ids).logits[:, -1:, :logits_end].argmax(-1)), dim=1)
+    assert text == bpe.decode(ids[0].tolist())
+    result = run('sample.py', '--init_from=gpt2', '--device=cpu', cwd=tmp_path)  # HF_HUB_OFFLINE, and an empty cache
+    assert result.returncode in (0, 2) and result.stderr.count('\n') == (result.returncode == 2)
+
+
+@pytest.mark.parametrize('real', [True, False])
+def test_bench(workspace, real):
+    shape = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--vocab_size=64', '--device=cpu',
+             '--compile=False', '--max_iters=3', '--dataset=tiny', f'--real_data={real}']
+    output = run_ok('bench.py', *shape, f'--profile={real}', cwd=workspace)
+    assert 'tokens/s' in output and 'mfu unknown' in output and 'peak memory' in output and 'time per step: median' in output
+    if real:
+        assert 'aten::' in output and json.loads((workspace / 'trace.json').read_text())['traceEvents']
+    else:
+        assert 'not prepared' in run_ok('bench.py', *shape, '--real_data=True', '--dataset=absent', cwd=workspace)
+
+
+@pytest.mark.parametrize('x', ['iter', 'seconds'])
+def test_plot(trained, tmp_path, x):
+    png = tmp_path / 'loss.png'
+    with open(trained / 'out' / 'metrics.jsonl', 'a', encoding='utf-8') as file:
+        file.write('{"iter": 9, "lo')  # as a crash leaves it
+    run_ok('plot.py', f'--runs={trained / "out"},{trained / "out"}', f'--output={png}', f'--x={x}', cwd=tmp_path)
+    assert png.read_bytes().startswith(b'\x89PNG')
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository's tracked kind of files, so that nothing is written into the real one."""
+    target = tmp_path / 'copy'
+    shutil.copytree(REPO, target, ignore=shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'input.txt', '__pycache__', 'previous*'))
+    return target
+
+
+def prepare(copy, name, *arguments, **extra):
+    command = [os.sys.executable, str(copy / 'data' / name / 'prepare.py'), *arguments]
+    return subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment(**extra), timeout=120)
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.suffix in ('.bin', '.json')}
+
+
+def test_text_of_ones_own(copy):
+    text = 'Größe: 3 ≤ 4.\r\nZweite Zeile.\n' * 50
+    (copy / 'novel.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    for _ in range(2):  # the second time gives the same bytes, in a locale of ASCII too
+        assert prepare(copy, 'text', '--input=novel.txt', LC_ALL='C', PYTHONUTF8='0').returncode == 0
+        folder = copy / 'data' / 'text' / 'novel'
+        assert hashes(folder) == (seen := hashes(folder))
+    meta = read_meta(str(folder))
+    tokenizer = load_tokenizer(meta['tokenizer'])
+    expected = text.replace('\r\n', '\n')
+    parts = [tokenizer.decode(Tokens(str(folder), split, meta)[0:meta['tokens'][split]].tolist()) for split in ('train', 'val')]
+    assert ''.join(parts) == expected and len(parts[0]) == int(0.9 * len(expected))
+    assert prepare(copy, 'text', '--input=novel.txt', '--name=other', '--val_fraction=0.5').returncode == 0
+    assert hashes(folder) == seen and read_meta(str(folder.parent / 'other'))['tokens']['val'] == len(expected) - len(expected) // 2
+
+
+def test_a_folder_of_text(copy, gpt2_vocabulary):
+    folder = copy / 'texts'
+    (folder / 'b').mkdir(parents=True)
+    (folder / '.git').mkdir()
+    for name, content in (('b/two.md', 'Second text. ' * 9), ('a.txt', 'First text. ' * 9), ('.git/x', 'hidden'), ('empty.txt', '')):
+        (folder / name).write_text(content)
+    (folder / 'image.png').write_bytes(b'\x89PNG\0\0')
+    result = prepare(copy, 'text', '--input=texts', '--tokenizer=gpt2', '--val_fraction=0.25')
+    assert result.returncode == 0 and 'passed over 1 files' in result.stdout
+    data = copy / 'data' / 'text' / 'texts'
+    meta = read_meta(str(data))
+    ids = np.concatenate([Tokens(str(data), split, meta)[0:meta['tokens'][split]] for split in ('train', 'val')]).tolist()
+    assert meta['vocab_size'] == 50257 and ids.count(50256) == 3  # one after each text, and one where the split cuts
+    assert gpt2_vocabulary.decode([i for i in ids if i != 50256]) == 'First text. ' * 9 + 'Second text. ' * 9
+
+
+def test_python_docs_import_nothing(copy):
+    first = prepare(copy, 'python_docs_char')
+    assert first.returncode == 0, first.stderr
+    data = copy / 'data' / 'python_docs_char'
+    seen = hashes(data)
+    assert prepare(copy, 'python_docs_char').returncode == 0 and hashes(data) == seen
+    assert read_meta(str(data))['tokens']['train'] > 300000
+    imported = {alias.name for node in ast.walk(ast.parse((data / 'prepare.py').read_text())) if isinstance(node, ast.Import) for alias in node.names}
+    assert 'pydoc_data' not in imported and 'importlib' not in imported
+
+
+def test_tiny_shakespeare(copy, gpt2_vocabulary):
+    text = SHARED / 'corpora' / 'tinyshakespeare.txt'
+    if not text.exists():
+        pytest.skip('no copy of Tiny Shakespeare beside the repository')
+    for name, counts in (('shakespeare_char', {'train': 1003854, 'val': 111540}), ('shakespeare', {'train': 301966, 'val': 36059})):
+        assert prepare(copy, name, f'--input={text}').returncode == 0
+        meta = read_meta(str(copy / 'data' / name))
+        assert meta['tokens'] == counts
+    ids = Tokens(str(copy / 'data' / 'shakespeare'), 'val', meta)[0:100].tolist()
+    assert gpt2_vocabulary.decode(ids) in text.read_text(encoding='utf-8')
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Fails once, breaks off once, then serves."""
+    content, calls = b'some text\n' * 1000, 0
+
+    def do_GET(self):
+        type(self).calls += 1
+        self.send_response(503 if self.calls == 1 else 200)
+        self.send_header('content-length', str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content[:500] if self.calls == 2 else self.content)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download(tmp_path, monkeypatch):
+    from configurator import UserError
+    from data import pipeline
+    monkeypatch.setattr(pipeline.time, 'sleep', lambda seconds: None)
+    server = http.server.HTTPServer(('127.0.0.1', 0), Flaky)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, path = f'http://127.0.0.1:{server.server_port}/text', str(tmp_path / 'input.txt')
+    right = hashlib.sha256(Flaky.content).hexdigest()
+    with pytest.raises(UserError, match='cannot download'):
+        pipeline.download(url, path, right, tries=2)
+    assert os.listdir(tmp_path) == []
+    pipeline.download(url, path, right)
+    assert (tmp_path / 'input.txt').read_bytes() == Flaky.content and os.listdir(tmp_path) == ['input.txt']
+    calls = Flaky.calls
+    pipeline.download(url, path, right)
+    assert Flaky.calls == calls, 'what is there is not fetched again'
+    with pytest.raises(UserError, match='checksum'):
+        pipeline.download(url, path, '0' * 64)
+    assert (tmp_path / 'input.txt').read_bytes() == Flaky.content
+    server.shutdown()
+
+
+# --- quickstart -------------------------------------------------------------------------------------------------------
+
+def test_quickstart(copy):
+    """With the packages of the running Python in place of an installation: trains on a text, and the second time goes on."""
+    (copy / '.venv' / 'bin').mkdir(parents=True)
+    (copy / '.venv' / 'bin' / 'python').write_text(f'#!/bin/sh\nexec {os.sys.executable} "$@"\n')
+    (copy / '.venv' / 'bin' / 'python').chmod(0o755)
+    shutil.copy(copy / 'requirements.txt', copy / '.venv' / 'installed.txt')
+    (copy / 'my novel.txt').write_text('It was a dark and stormy night; the rain fell in torrents. ' * 60)
+    command = ['./quickstart.sh', 'my novel.txt', '--max_iters=4', '--eval_iters=2', '--eval_interval=2', '--device=cpu']
+
+    def quickstart(*arguments):
+        result = subprocess.run([*command, *arguments], cwd=copy, capture_output=True, text=True, env=environment(), timeout=120)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    assert 'done: 4 updates' in quickstart()
+    assert (copy / 'out-quickstart-my novel' / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    again = quickstart()
+    assert 'nothing to do' in again and again.count('---------------') == 3
+    assert 'after 4 updates' in quickstart('--max_iters=6')
+    (copy / 'my novel.txt').write_text('Another text; the rain fell in torrents. ' * 60)
+    assert 'moved to' in quickstart()
+
+
+def test_an_untouched_model_has_the_shape_of_the_defaults():
+    """bench.py and train.py agree with GPTConfig on what GPT-2 is."""
+    for script in ('bench.py', 'train.py'):
+        values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse((REPO / script).read_text()).body
+                  if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+        config = GPTConfig()
+        assert all(values[key] == getattr(config, key) for key in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout'))
+    with torch.device('meta'):
+        assert GPT(config).num_params() > 123e6

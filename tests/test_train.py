@@ -1,0 +1,331 @@
+"""Whole runs of train.py, as a user starts them: what is promised about stopping, resuming, ranks and reports."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+from conftest import CHARS, REPO, TINY, environment, metrics, run, run_ok, torchrun, write_data
+from model import GPT, GPTConfig
+from nanogpt_reference import ReferenceGPT
+
+DROPOUT = '--dropout=0.2'
+
+
+def weights(folder, name='ckpt.pt'):
+    return load_checkpoint(str(folder / name))['model']
+
+
+def identical(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_resuming_is_bit_exact(workspace, order):
+    """2N updates at once, and N + resume + N, with dropout: the same weights, optimizer and reports to the last bit."""
+    common = [*TINY, DROPOUT, f'--data_order={order}']
+    run_ok('train.py', *common, '--out_dir=whole', cwd=workspace)
+    run_ok('train.py', *common, '--out_dir=parts', '--max_iters=4', cwd=workspace)
+    output = run_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+    assert 'after 4 updates, with changed settings: max_iters 4 -> 8' in output
+    assert identical(weights(workspace / 'whole'), weights(workspace / 'parts'))
+    whole, parts = (torch.load(workspace / name / 'ckpt_optimizer_00000008.pt', weights_only=True)['optimizer']['state']
+                    for name in ('whole', 'parts'))
+    for index, buffers in whole.items():
+        assert all(torch.equal(buffer, parts[index][name]) for name, buffer in buffers.items())
+    for a, b in zip(metrics(workspace / 'whole'), metrics(workspace / 'parts')):
+        losses = [[(r['iter'], r.get('loss'), r.get('val/loss')) for r in records] for records in (a, b)]
+        assert losses[0] == losses[1]
+    assert 'nothing to do' in run_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+
+
+def test_two_ranks(workspace):
+    """1 and 2 ranks: the same losses, dropout included; 2 ranks resumed: the same bits."""
+    common = [*TINY, DROPOUT, '--max_iters=20', '--lr_decay_iters=20', '--eval_interval=10']
+    run_ok('train.py', *common, '--out_dir=one', cwd=workspace)
+    output = torchrun(2, *common, '--out_dir=two', cwd=workspace)
+    assert output.count('step 20:') == 1, 'one rank reports'
+    for one, two in zip(metrics(workspace / 'one'), metrics(workspace / 'two')):
+        for a, b in zip(one, two, strict=True):
+            assert a.get('loss', 0) == pytest.approx(b.get('loss', 0), abs=1e-4)
+            assert a.get('val/loss', 0) == pytest.approx(b.get('val/loss', 0), abs=1e-4)
+    torchrun(2, *common, '--out_dir=parts', '--max_iters=10', cwd=workspace)
+    torchrun(2, *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+    assert identical(weights(workspace / 'two'), weights(workspace / 'parts'))
+
+
+def test_two_nodes(workspace):
+    """Two torchrun agents on the loopback interface are one run."""
+    import socket
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
+               f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', '--local_addr=127.0.0.1', str(REPO / 'train.py'), *TINY]
+    agents = [subprocess.Popen(command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+              for _ in range(2)]
+    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum('2 x cpu' in output for output in outputs) == 1 and sum('done: 8 updates' in output for output in outputs) == 1
+    run_ok('train.py', *TINY, '--out_dir=alone', cwd=workspace)
+    for a, b in zip(metrics(workspace / 'out')[0], metrics(workspace / 'alone')[0], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], abs=1e-4)
+
+
+def test_exactly_max_iters_updates_then_evaluation_and_save(workspace):
+    run_ok('train.py', *TINY, '--max_iters=7', '--log_interval=2', cwd=workspace)
+    updates, evaluations = metrics(workspace / 'out')
+    assert [r['iter'] for r in updates] == [0, 2, 4, 6] and [r['iter'] for r in evaluations] == [0, 4, 7]
+    state = torch.load(workspace / 'out' / 'ckpt_optimizer_00000007.pt', weights_only=True)['optimizer']['state']
+    assert all(buffers['step'] == 7 for buffers in state.values())
+    checkpoint = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
+    assert checkpoint['iter_num'] == 7
+    assert checkpoint['best_val_loss'] == pytest.approx(min(r['val/loss'] for r in evaluations), rel=1e-6)
+
+
+def test_reports(workspace):
+    output = run_ok('train.py', *TINY, '--grad_clip=0.5', cwd=workspace)
+    updates, _ = metrics(workspace / 'out')
+    for record in updates:
+        assert record['mfu'] is None and record['tokens_per_s'] > 0 and record['left_s'] >= 0 and record['grad_norm'] > 0
+        assert record['clipped'] == float(record['grad_norm'] > 0.5)
+    assert any(record['update_ratio'] > 1e-4 for record in updates)
+    line = next(line for line in output.splitlines() if line.startswith('iter 3: '))
+    assert f'loss {updates[3]["loss"]:.4f}, time ' in line and 'mfu unknown' in line and line.endswith(' left')
+    time_line = next(line for line in output.splitlines() if line.startswith('time: '))
+    assert all(name in time_line for name in ('forward', 'backward', 'optimizer', 'data', 'evaluation', 'saving'))
+
+
+def test_logged_loss_is_the_mean_over_micro_batches(workspace):
+    """The first update's, from the initial weights, against a computation of its own; and of one large batch."""
+    run_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=4', '--batch_size=2', '--out_dir=a', cwd=workspace)
+    run_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=1', '--batch_size=8', '--out_dir=b', cwd=workspace)
+    (a,), (b,) = (metrics(workspace / name)[0] for name in 'ab')
+    assert a['loss'] == pytest.approx(b['loss'], abs=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
+
+
+def test_evaluation_is_repeatable_and_changes_nothing(workspace):
+    run_ok('train.py', *TINY, '--out_dir=often', '--eval_interval=1', '--eval_iters=5', DROPOUT, cwd=workspace)
+    run_ok('train.py', *TINY, '--out_dir=seldom', '--eval_interval=100', '--eval_iters=1', DROPOUT, cwd=workspace)
+    assert identical(weights(workspace / 'often'), weights(workspace / 'seldom'))
+    before = {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
+    arguments = [*TINY, '--out_dir=often', '--eval_iters=5', '--eval_only=True', '--init_from=resume']
+    first, second = (run_ok('train.py', *arguments, cwd=workspace).splitlines()[-1] for _ in range(2))
+    assert first == second
+    assert f'val loss {metrics(workspace / "often")[1][-1]["val/loss"]:.4f}' in first
+    assert before == {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
+    assert 'step 0: train loss' in run_ok('train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', cwd=workspace)
+    assert not (workspace / 'nowhere').exists()
+
+
+def test_best_and_latest(workspace):
+    """A learning rate that ruins the model after a good start: ckpt_best.pt keeps the good one."""
+    (workspace / 'ruin.py').write_text('decay_lr = False\nlearning_rate = 0.5\neval_interval = 1\nmax_iters = 6\nalways_save_checkpoint = False\n')
+    run_ok('train.py', *TINY, 'ruin.py', cwd=workspace)
+    _, evaluations = metrics(workspace / 'out')
+    best = min(evaluations, key=lambda r: r['val/loss'])
+    assert best['iter'] < 6
+    latest = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
+    assert latest['iter_num'] == 6 and latest['best_val_loss'] == pytest.approx(best['val/loss'], rel=1e-6)
+    if best['iter'] > 0:
+        assert load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))['iter_num'] == best['iter']
+
+
+def test_early_stopping(workspace):
+    arguments = [*TINY, '--learning_rate=0.0', '--min_lr=0.0', '--max_iters=50', '--eval_interval=2', '--patience=3']
+    assert 'done: 6 updates' in run_ok('train.py', *arguments, cwd=workspace)
+    assert [r['iter'] for r in metrics(workspace / 'out')[1]] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_tell_how_to_go_on(workspace, signum):
+    common = [*TINY, DROPOUT, '--max_iters=100000', '--eval_interval=100000', '--decay_lr=False']
+    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *common], cwd=workspace, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 20:'):
+            process.send_signal(signum)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and not errors
+    command = re.search(r'to go on: python (.*)', output).group(1).split()
+    assert command[0] == 'train.py' and command[-1] == '--init_from=resume'
+    stopped = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num']
+    assert stopped > 20
+    run_ok('train.py', *command[1:], f'--max_iters={stopped + 3}', cwd=workspace)
+    run_ok('train.py', *common, f'--max_iters={stopped + 3}', '--out_dir=whole', cwd=workspace)
+    assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
+    assert [r['iter'] for r in metrics(workspace / 'out')[0]] == list(range(stopped + 3))
+
+
+def test_torchrun_passes_signals_on(workspace):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(REPO / 'train.py'), *TINY,
+               '--max_iters=100000', '--eval_interval=100000']
+    process = subprocess.Popen(command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 20:'):
+            process.terminate()
+            break
+    output = process.communicate(timeout=60)[0]
+    assert 'all saved; to go on: torchrun' in output
+    assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] > 20
+
+
+def test_killed_at_random_moments(workspace):
+    """kill -9 of a run that saves after every update: whatever the moment, what is on disk loads, and the run goes on."""
+    rng = random.Random(0)
+    common = [*TINY, '--max_iters=1000000', '--eval_interval=1', '--eval_iters=1', '--decay_lr=False']
+    iter_num, killed = 0, int(os.environ.get('SAMGPT_TEST_KILLS', 5))
+    for n in range(killed):
+        process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *common, f'--init_from={"resume" if n else "scratch"}'],
+                                   cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(f'iter {iter_num + 2}:'):
+                break
+        time.sleep(rng.random() / 2)
+        process.kill()
+        process.communicate()
+        checkpoint = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
+        assert checkpoint['iter_num'] > iter_num, ''.join(lines)
+        load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))
+        iter_num = checkpoint['iter_num']
+    run_ok('train.py', *common, '--init_from=resume', f'--max_iters={iter_num + 3}', cwd=workspace)
+    run_ok('train.py', *common, '--out_dir=whole', f'--max_iters={iter_num + 3}', '--eval_interval=1000', cwd=workspace)
+    assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
+    assert [r['iter'] for r in metrics(workspace / 'out')[0]] == list(range(iter_num + 3))
+
+
+def test_a_run_that_diverges_stops_and_its_checkpoint_is_sound(workspace):
+    arguments = [*TINY, '--max_iters=100', '--eval_interval=2', '--decay_lr=False', '--max_skipped_iters=3']
+    run_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
+    result = run('train.py', *arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0', '--eval_interval=50', cwd=workspace)
+    assert result.returncode == 2 and result.stderr.count('\n') == 1
+    assert 'not finite in 3 updates in a row' in result.stderr and '--learning_rate' in result.stderr
+    checkpoint = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
+    assert checkpoint['iter_num'] == 2 and all(weight.isfinite().all() for weight in checkpoint['model'].values())
+
+
+def test_a_new_run_does_not_overwrite_an_earlier_one(workspace):
+    run_ok('train.py', *TINY, cwd=workspace)
+    before = weights(workspace / 'out')
+    output = run_ok('train.py', *TINY, '--seed=1', cwd=workspace)
+    assert 'holds an earlier run, moved to out/previous-1' in output
+    assert identical(before, weights(workspace / 'out' / 'previous-1')) and not identical(before, weights(workspace / 'out'))
+    assert len(metrics(workspace / 'out')[1]) == len(metrics(workspace / 'out' / 'previous-1')[1]) == 3
+
+
+@pytest.mark.parametrize('compiler', ['works', 'is missing'])
+def test_compilation_and_its_absence(workspace, compiler):
+    """Without a C++ compiler there is one line of warning, and the run is the eager one to the last bit."""
+    without = {'CXX': '/nowhere/c++', 'PATH': '/nowhere', 'TORCHINDUCTOR_CACHE_DIR': str(workspace / 'cache')}
+    result = run('train.py', *TINY, '--compile=True', '--max_iters=3', cwd=workspace, timeout=300, **(without if compiler != 'works' else {}))
+    assert result.returncode == 0, result.stderr
+    run_ok('train.py', *TINY, '--max_iters=3', '--out_dir=eager', cwd=workspace)
+    compiled, eager = metrics(workspace / 'out')[0], metrics(workspace / 'eager')[0]
+    assert [r['loss'] for r in compiled] == pytest.approx([r['loss'] for r in eager], abs=1e-3)
+    if compiler != 'works':
+        assert result.stderr.startswith('warning: torch.compile does not work here') and result.stderr.count('\n') == 1
+        assert identical(weights(workspace / 'out'), weights(workspace / 'eager'))
+    assert not any('_orig_mod' in key for key in torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['model'])
+
+
+def test_a_nanogpt_user_brings_everything(workspace):
+    """A config file, bins without description beside a meta.pkl, and a ckpt.pt with the optimizer inside; the result
+    opens as nanoGPT opens it."""
+    import pickle
+    data = workspace / 'data' / 'theirs'
+    write_data(data)
+    (data / 'meta.json').unlink()
+    itos = dict(enumerate(CHARS))
+    (data / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(CHARS), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}))
+    (workspace / 'theirs.py').write_text("import time\nout_dir = 'theirs'\ndataset = 'theirs'\nwandb_run_name = 'run-' + str(time.time())\n"
+                                         'n_layer = 2\nn_head = 2\nn_embd = 32\nblock_size = 16\nbatch_size = 4\n'
+                                         'gradient_accumulation_steps = 1\neval_iters = 2\neval_interval = 5\nmax_iters = 10\n'
+                                         "learning_rate = 1\nlearning_rate = 1e-3\nbias = True\ndevice = 'cpu'\ncompile = False\n")
+    model_args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=len(CHARS), dropout=0.0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**model_args))
+    groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
+    optimizer = torch.optim.AdamW([{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))], lr=1e-3)
+    ids = torch.randint(len(CHARS), (2, 16))
+    model(ids, ids)[1].backward()
+    optimizer.step()
+    (workspace / 'theirs').mkdir()
+    torch.save({'model': {'_orig_mod.' + name: weight for name, weight in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
+                'model_args': model_args, 'iter_num': 5, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'theirs'}},
+               workspace / 'theirs' / 'ckpt.pt')
+    assert 'val loss' in run_ok('train.py', 'theirs.py', '--init_from=resume', '--eval_only=True', cwd=workspace)
+    sample = ['--out_dir=theirs', '--num_samples=1', '--max_new_tokens=8', '--start=abc', '--device=cpu']
+    text = run_ok('sample.py', *sample, cwd=workspace)
+    assert text.startswith('abc') and set(text.split('\n---')[0]) <= set(CHARS)
+    assert 'after 5 updates' in run_ok('train.py', 'theirs.py', '--init_from=resume', cwd=workspace)
+    raw = torch.load(workspace / 'theirs' / 'ckpt.pt', weights_only=True)
+    theirs = ReferenceGPT(**raw['model_args'])
+    theirs.load_state_dict(raw['model'])
+    assert theirs(ids).isfinite().all() and raw['iter_num'] == 10
+    # without naming the shape again, as nanoGPT allows
+    output = run_ok('train.py', '--init_from=resume', '--out_dir=theirs', '--dataset=theirs', '--device=cpu', '--compile=False',
+                    '--eval_only=True', '--eval_iters=2', cwd=workspace)
+    assert 'step 10: ' in output
+
+
+def test_finetuning_a_pretrained_gpt2(workspace):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=len(CHARS), bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(workspace / 'hf')
+    arguments = ['--init_from=hf', '--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--batch_size=2',
+                 '--gradient_accumulation_steps=1', '--block_size=16', '--eval_iters=2', '--warmup_iters=0', '--decay_lr=False']
+    assert 'step 0: train loss' in run_ok('train.py', *arguments, '--eval_only=True', cwd=workspace)
+    run_ok('train.py', *arguments, '--max_iters=3', cwd=workspace)
+    raw = torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)
+    ReferenceGPT(**raw['model_args']).load_state_dict(raw['model'])
+    assert raw['model_args']['block_size'] == 16 and raw['mlp'] == 'gelu_tanh'
+    run_ok('train.py', *arguments, '--init_from=resume', '--max_iters=5', cwd=workspace)
+    result = run('train.py', *arguments, '--block_size=32', cwd=workspace)
+    assert result.returncode == 2 and '24 positions' in result.stderr
+
+
+def test_wandb_continues_the_same_run(workspace):
+    """Against wandb's interface, without its service: the module below stands in for the package and notes what it is told."""
+    (workspace / 'wandb.py').write_text(
+        'import json, uuid\n'
+        'class Run:\n'
+        '    def log(self, record): note(record)\n'
+        '    def finish(self): note("finished")\n'
+        'def note(x): open("wandb.txt", "a").write(json.dumps(x) + "\\n")\n'
+        'def init(id=None, resume=None, project=None, name=None, config=None):\n'
+        '    run = Run(); run.id = id or uuid.uuid4().hex; note([run.id, resume, project, name, config["batch_size"]]); return run\n')
+    arguments = [*TINY, '--wandb_log=True', '--wandb_project=p', '--wandb_run_name=r']
+    run_ok('train.py', *arguments, '--max_iters=4', cwd=workspace, PYTHONPATH=str(workspace))
+    run_ok('train.py', *arguments, '--init_from=resume', cwd=workspace, PYTHONPATH=str(workspace))
+    notes = [json.loads(line) for line in (workspace / 'wandb.txt').read_text().splitlines()]
+    starts = [note for note in notes if isinstance(note, list)]
+    assert starts[0][1:] == [None, 'p', 'r', 4] and starts[1][:2] == [starts[0][0], 'allow'] and notes[-1] == 'finished'
+    sent = [note for note in notes if isinstance(note, dict)]
+    assert [r['iter'] for r in sent if 'loss' in r] == list(range(8))
+    assert [r['loss'] for r in sent if 'loss' in r] == pytest.approx([r['loss'] for r in metrics(workspace / 'out')[0]], rel=1e-6)
+
+
+def test_a_signal_during_divergence_saves_nothing_bad(workspace):
+    """Weights that the last update ruined are not saved, even if the run is told to stop just then."""
+    arguments = [*TINY, '--max_iters=1000', '--eval_interval=500', '--decay_lr=False', '--max_skipped_iters=300']
+    run_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
+    ruin = [*arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0']
+    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *ruin], cwd=workspace, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 20:'):
+            process.terminate()
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and 'not finite' in errors
+    assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] == 2
