@@ -15,8 +15,18 @@ from configurator import configure, require, user_errors
 from dataloader import Tokens, TrainBatches, read_meta
 from model import GPT, GPTConfig
 from optim import make_optimizer
-from runtime import (Ranks, autocast, compile_or_stay_eager, peak_flops, peak_memory, pick_device, pick_dtype, seed_all, synchronize,
-                     use_fast_float32)
+from runtime import (
+    Ranks,
+    autocast,
+    compile_or_stay_eager,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    seed_all,
+    synchronize,
+    use_fast_float32,
+)
 
 batch_size = 12  # windows in a step
 block_size = 1024  # tokens in a window
@@ -41,6 +51,10 @@ config = configure(globals())
 
 require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'vocab_size', 'max_iters')
 require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_iters', 'max_seconds', 'seed')
+
+if profile:
+    with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
+        pass  # found out before the time is spent
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -81,10 +95,11 @@ def step(batch):
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
-print(f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}', flush=True)
+print(f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}',
+      flush=True)
 model.train()
 if compile:
-    print('compiling …', flush=True)
+    print('compiling ...', flush=True)
     start = time.perf_counter()
     compile_or_stay_eager(model, lambda: step(next_batch()))
     print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
@@ -102,8 +117,10 @@ while len(times) < max_iters and (not times or sum(times) < max_seconds):
 median = statistics.median(times)
 peak = peak_flops(device, dtype)
 flops = model.flops_per_token() * batch_size * block_size / median
-print(f'time per step: median {1000 * median:.2f}ms, from {1000 * min(times):.2f} to {1000 * max(times):.2f} over {len(times)} steps')
-print(f'{batch_size * block_size / median:,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s, mfu {f"{100 * flops / peak:.1f}%" if peak else "unknown"}, '
+print(f'time per step: median {1000 * median:.2f}ms, from {1000 * min(times):.2f} to {1000 * max(times):.2f} '
+      f'over {len(times)} steps')
+mfu = f'{100 * flops / peak:.1f}%' if peak else 'unknown'
+print(f'{batch_size * block_size / median:,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s, mfu {mfu}, '
       f'peak memory {peak_memory(device) / 2**20:,.0f} MiB')
 
 # --- profile ----------------------------------------------------------------------------------------------------------
@@ -114,6 +131,5 @@ if profile:
             step(next_batch())
     column = f'self_{"device" if device.type == "cuda" else "cpu"}_time_total'
     print(profiler.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=50))
-    with user_errors(OSError, RuntimeError, where=f'cannot write --trace_file={trace_file}: '):
-        profiler.export_chrome_trace(trace_file)
+    profiler.export_chrome_trace(trace_file)
     print(f'wrote {trace_file}, for ui.perfetto.dev or chrome://tracing')

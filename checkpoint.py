@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import os
 import shutil
+import warnings
 
 import torch
 
@@ -67,7 +68,8 @@ def set_aside(out_dir):
     Returns the folder, or None if there was no run. Files are linked first and removed after, so that a crash in between
     leaves the run whole in one place or the other.
     """
-    names = [name for name in os.listdir(out_dir) if name in (LATEST, BEST, 'metrics.jsonl') or name.startswith('ckpt_optimizer_')]
+    names = [name for name in os.listdir(out_dir) if os.path.isfile(os.path.join(out_dir, name))
+             and (name in (LATEST, BEST, 'metrics.jsonl') or name.startswith('ckpt_optimizer_'))]
     if not names:
         return None
     n = 1
@@ -114,7 +116,9 @@ def load_data(path):
     if not os.path.exists(path):
         raise UserError(f'there is no {path}: train first, or check --out_dir')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of foreign pickles; what cannot be read ends in an error all the same
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip, pickle, key, index, memory: a broken file raises almost anything
         reason = 'it holds code or foreign classes' if 'weights_only' in str(error).lower() else one_line(str(error), 120)
         raise UserError(f'{path} cannot be read as a checkpoint: {reason}; use another copy of it') from error
@@ -127,15 +131,20 @@ def load_checkpoint(path):
     for key, kind in wanted.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
+    with user_errors(ValueError, TypeError, where=f'{path} is not a sound checkpoint: '):
+        checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
+        checkpoint.setdefault('best_iter', checkpoint['iter_num'])
+        if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:
+            raise ValueError('its iter_num or best_iter counts no updates')
+        if not all(isinstance(name, str) for name in checkpoint['model']):
+            raise ValueError('its weights have no names')
+        if checkpoint.get('tokenizer') is not None:
+            check_spec(checkpoint['tokenizer'])
     weights = {name.replace('_orig_mod.', '').removeprefix('module.'): weight for name, weight in checkpoint['model'].items()}
     # nanoGPT's attention without flash keeps its causal mask as a buffer; here it needs none
     checkpoint['model'] = {name: weight for name, weight in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
     if 'mlp' in checkpoint:
         checkpoint['model_args']['mlp'] = checkpoint['mlp']
-    with user_errors(ValueError, where=f'{path}: '):
-        checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
-        if checkpoint.get('tokenizer') is not None:
-            check_spec(checkpoint['tokenizer'])
     return checkpoint
 
 
@@ -154,10 +163,14 @@ def restore_model(checkpoint, path, dropout=None):
             raise ValueError(f'n_layer={args.get("n_layer")!r}, but there are weights of {len(layers)} layers')
         if not all(torch.is_tensor(weight) and weight.is_floating_point() for weight in weights.values()):
             raise ValueError('some of them are not tensors of numbers')
+        if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
+            raise ValueError('some of them claim to be larger than they are')
         with torch.device('meta'):
             model = GPT(GPTConfig(**args))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     model.tie_weights()
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f'{path}: some of its weights are not finite numbers; use another checkpoint')
     return model
 
 
@@ -201,7 +214,7 @@ def load_pretrained(name, dropout=0.0):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        hf_config = AutoConfig.from_pretrained(name)
+        hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if hf_config.model_type != 'gpt2':
             raise UserError(f'--init_from={name}: is a {hf_config.model_type} model, only GPT-2 can be imported')
         hf_model, report = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)

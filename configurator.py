@@ -40,7 +40,7 @@ def user_errors(*kinds, where=''):
 def one_line(text, limit=300):
     """The text on one line, cut to `limit` characters."""
     text = ' '.join(text.split())
-    return text if len(text) <= limit else text[:limit - 1] + '…'
+    return text if len(text) <= limit else text[:limit - 3] + '...'
 
 
 class Config(dict):
@@ -58,6 +58,9 @@ def configure(settings, argv=None):
     broken config file, an unknown key (naming the nearest known one) and a value of the wrong type.
     """
     sys.excepthook = report_uncaught
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # a terminal that cannot show a character shows '?', and no traceback
     defaults = {key: value for key, value in settings.items()
                 if type(value) in SETTING_TYPES and not key.startswith('_') and not key.isupper()}
     argv = sys.argv[1:] if argv is None else argv
@@ -103,7 +106,7 @@ def run_config_file(path, namespace, defaults):
     code = compile_config_file(path)
     try:
         exec(code, namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = error.__traceback__.tb_next.tb_lineno if error.__traceback__.tb_next else '?'
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {one_line(str(error))}') from error
     assigned = {}
@@ -133,7 +136,8 @@ def compile_config_file(path):
 def check_known(key, defaults, where, hint=''):
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
-        raise UserError(f'{where}: unknown setting {key!r}; the nearest is {nearest[0]!r}, --help lists all{hint}')
+        known = f'the nearest is {nearest[0]!r}, --help lists all' if nearest else 'this script has none'
+        raise UserError(f'{where}: unknown setting {key!r}; {known}{hint}')
 
 
 def check_type(key, value, defaults, where):
@@ -141,7 +145,7 @@ def check_type(key, value, defaults, where):
     default = defaults[key]
     if default is None or type(value) is type(default):
         return value
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
     expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[type(default)]
     raise UserError(f'{where}: {key} must be {expected}, not {value!r}')
@@ -162,12 +166,15 @@ def print_help(settings, defaults):
 
 
 def report_uncaught(kind, error, traceback):
-    """sys.excepthook: a UserError, or an accelerator out of memory, is one line and exit status 2; the rest a traceback."""
-    if kind.__name__ == 'OutOfMemoryError':
+    """sys.excepthook: a UserError, or running out of memory, is one line and exit status 2; the rest keeps its traceback."""
+    if kind is KeyboardInterrupt:
+        sys.exit(130)  # the shell's status for a program that Ctrl-C ended
+    if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or 'DefaultCPUAllocator' in str(error):
         error = UserError(f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the '
                           f'global batch), --block_size or the model ({one_line(str(error), 120)})')
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, traceback)
     rank = os.environ.get('RANK', '0')
-    print(f'error: {error}' if rank == '0' else f'error (rank {rank}): {error}', file=sys.stderr, flush=True)
+    text = one_line(str(error), limit=2000)
+    print(f'error: {text}' if rank == '0' else f'error (rank {rank}): {text}', file=sys.stderr, flush=True)
     sys.exit(2)  # raised inside the hook, this sets the exit status and still runs the atexit handlers

@@ -7,7 +7,7 @@ import json
 import math
 import os
 
-from configurator import UserError, one_line
+from configurator import UserError, one_line, user_errors
 
 FILE = 'metrics.jsonl'
 
@@ -21,12 +21,13 @@ class RunLog:
         """resumed_at: the update at which a resumed run goes on; records from there on are dropped, they will come again.
         wandb_id: of the wandb run to continue. Raises UserError if wandb is wanted and not installed, or fails to start."""
         path = os.path.join(out_dir, FILE)
-        if resumed_at is not None and os.path.exists(path):
-            records = [record for record in read_metrics(path) if record['iter'] < resumed_at]
-            with open(path + '.tmp', 'w', encoding='utf-8') as file:
-                file.writelines(to_json(record) + '\n' for record in records)
-            os.replace(path + '.tmp', path)
-        self.file = open(path, 'a', encoding='utf-8', buffering=1)  # every line reaches the file at once
+        with user_errors(OSError, where=f'cannot write {path}: '):
+            if resumed_at is not None and os.path.exists(path):
+                records = [record for record in read_metrics(path) if record['iter'] < resumed_at]
+                with open(path + '.tmp', 'w', encoding='utf-8') as file:
+                    file.writelines(to_json(record) + '\n' for record in records)
+                os.replace(path + '.tmp', path)
+            self.file = open(path, 'a', encoding='utf-8', buffering=1)  # every line reaches the file at once
         self.wandb = None
         if config['wandb_log']:
             self.wandb = start_wandb(config, wandb_id)
@@ -87,7 +88,8 @@ def to_json(record):
 
 
 def read_metrics(path):
-    """The records in a metrics.jsonl, in order, without a last line that a crash cut short."""
+    """The records in a metrics.jsonl, in order: dicts from text to numbers or None. Other lines are passed over, such as a last
+    one that a crash cut short."""
     records = []
     with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
@@ -95,7 +97,8 @@ def read_metrics(path):
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get('iter'), int):
+            if isinstance(record, dict) and isinstance(record.get('iter'), int) and all(
+                    isinstance(value, (int, float, type(None))) for value in record.values()):
                 records.append(record)
     return records
 

@@ -184,7 +184,7 @@ class GPT(nn.Module):
 
 def sample_token(logits, temperature=1.0, top_k=None, generator=None):
     """One id a row from logits (B, V) -> (B, 1). temperature 0 takes the likeliest; top_k keeps only the k likeliest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # so small a divisor would overflow
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k:

@@ -33,17 +33,21 @@ def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
 def load_optimizer_state(optimizer, saved):
     """Put the buffers of a saved state_dict into the optimizer; its hyperparameters stay as this run has set them.
 
-    Raises ValueError if the buffers belong to other parameters.
+    Raises ValueError if the buffers belong to other parameters, or are none of AdamW's.
     """
+    if not (isinstance(saved['state'], dict) and all(isinstance(group, dict) and 'params' in group for group in saved['param_groups'])):
+        raise ValueError('it holds no state and groups of parameters')
     fresh = optimizer.state_dict()
     counts = [[len(group['params']) for group in state['param_groups']] for state in (fresh, saved)]
     if counts[0] != counts[1]:
         raise ValueError(f'the saved optimizer has groups of {counts[1]} parameters, the model of {counts[0]}')
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     for index, buffers in saved['state'].items():
-        for name, buffer in buffers.items():
-            if torch.is_tensor(buffer) and buffer.dim() and buffer.shape != parameters[index].shape:
-                raise ValueError(f'{name} of parameter {index} is {tuple(buffer.shape)}, not {tuple(parameters[index].shape)}')
+        if index not in range(len(parameters)) or not isinstance(buffers, dict) or buffers.keys() != {'step', 'exp_avg', 'exp_avg_sq'}:
+            raise ValueError(f'the buffers of parameter {index} are not those of AdamW')
+        for name, shape in (('step', ()), ('exp_avg', parameters[index].shape), ('exp_avg_sq', parameters[index].shape)):
+            if not torch.is_tensor(buffers[name]) or buffers[name].shape != shape:
+                raise ValueError(f'{name} of parameter {index} is not a tensor of {tuple(shape)}')
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': fresh['param_groups']})
 
 

@@ -36,15 +36,20 @@ def seconds_at(iteration, updates, seconds):
     return max((s for record, s in zip(updates, seconds) if record['iter'] < iteration), default=0.0)
 
 
+folders = [folder.strip() for folder in runs.split(',') if folder.strip()]
+if not folders:
+    raise UserError('--runs=: name at least one run\'s folder')
+output = output or os.path.join(folders[0], 'loss.png')
+if not output.endswith('.png'):
+    raise UserError(f'--output={output}: must end in .png')
 figure = Figure(figsize=(8, 5), dpi=120)
 FigureCanvasAgg(figure)
 axes = figure.add_subplot()
-folders = [folder.strip() for folder in runs.split(',') if folder.strip()]
 for n, folder in enumerate(folders):
     with user_errors(OSError, where=f'cannot read {os.path.join(folder, FILE)}, train first or check --runs: '):
         records = read_metrics(os.path.join(folder, FILE))
-    updates = [r for r in records if r.get('loss') is not None]
-    evaluations = [r for r in records if r.get('val/loss') is not None]
+    updates = [r for r in records if None not in (r.get('loss'), r.get('time_ms'))]
+    evaluations = [r for r in records if None not in (r.get('train/loss'), r.get('val/loss'))]
     if not updates and not evaluations:
         raise UserError(f'{os.path.join(folder, FILE)} holds no losses yet: train on')
     label, color = os.path.basename(os.path.normpath(folder)), f'C{n}'
@@ -61,11 +66,10 @@ for n, folder in enumerate(folders):
                   label=f'{label}, val (lowest {best:.4f})')
 axes.set_xlabel('updates' if x == 'iter' else 'training time (s)')
 axes.set_ylabel('loss (nats a token)')
-axes.set_title(title)
+axes.set_title(title, parse_math=False)
 axes.grid(alpha=0.3)
 axes.legend()
 figure.tight_layout()
-output = output or os.path.join(folders[0], 'loss.png')
 with user_errors(OSError, ValueError, where=f'cannot write {output}: '):
     figure.savefig(output)
 print(f'wrote {output}')

@@ -132,23 +132,27 @@ class Ranks:
 
 def find_ranks():
     """The Ranks that torchrun's environment variables describe."""
-    with user_errors(ValueError, KeyError, where='the environment has RANK but not the rest of what torchrun sets: '):
-        if 'RANK' not in os.environ:
-            return Ranks()
-        return Ranks(int(os.environ['RANK']), int(os.environ['LOCAL_RANK']), int(os.environ['WORLD_SIZE']))
+    if 'RANK' not in os.environ:
+        return Ranks()
+    with user_errors(ValueError, KeyError, where='RANK is set, but not all that torchrun sets with it; start several ranks by torchrun: '):
+        ranks = Ranks(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
+        if not (0 <= ranks.rank < ranks.world_size and ranks.local_rank >= 0):
+            raise ValueError(f'RANK={ranks.rank} is not one of WORLD_SIZE={ranks.world_size} ranks')
+    return ranks
 
 
 def join_ranks(backend, device, ranks):
     """Connect the ranks by backend 'auto' (nccl on CUDA, gloo elsewhere), 'nccl' or 'gloo'; for one process, nothing."""
+    if backend not in ('auto', 'nccl', 'gloo'):
+        raise UserError(f'--backend={backend}: unknown; use auto, nccl or gloo')
     if ranks.world_size == 1:
         return
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
-    if backend not in ('nccl', 'gloo'):
-        raise UserError(f'--backend={backend}: unknown; use auto, nccl or gloo')
     if backend == 'nccl' and device.type != 'cuda':
         raise UserError(f'--backend=nccl: works between CUDA devices only, not on {device.type}; use auto or gloo')
-    dist.init_process_group(backend)
+    with user_errors(ValueError, dist.DistError, where='cannot connect the ranks: '):
+        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
 
 
 def leave_ranks(ranks):

@@ -11,7 +11,7 @@ from checkpoint import load_checkpoint, load_pretrained, restore_model
 from configurator import UserError, configure, one_line, require, user_errors
 from dataloader import read_meta
 from runtime import autocast, compile_or_stay_eager, pick_device, pick_dtype, seed_all, use_fast_float32
-from tokenizer import GPT2_SPEC, load_tokenizer, spec_from_nanogpt
+from tokenizer import GPT2_SPEC, load_tokenizer, spec_from_meta
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
@@ -41,9 +41,8 @@ if init_from == 'resume':
     model, spec = restore_model(checkpoint, path), checkpoint.get('tokenizer')
     if spec is None:  # nanoGPT's checkpoints name the data set, whose meta.pkl has the characters; without one it is GPT-2's BPE
         data_dir = os.path.join('data', str(checkpoint['config'].get('dataset')))
-        meta = read_meta(data_dir) if os.path.isdir(data_dir) else {}
-        with user_errors(ValueError, where=f'{data_dir}/meta.pkl: '):
-            spec = meta.get('tokenizer') or (spec_from_nanogpt(meta['nanogpt']) if 'nanogpt' in meta else GPT2_SPEC)
+        with user_errors(ValueError, where=f'{data_dir}/meta: '):
+            spec = spec_from_meta(read_meta(data_dir) if os.path.isdir(data_dir) else {})
 else:
     model, spec = load_pretrained(init_from)
 if spec is None:

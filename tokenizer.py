@@ -133,6 +133,14 @@ def load_gpt2():
     return GPT2Tokenizer()
 
 
+def spec_from_meta(meta):
+    """The spec in a data set's description (see dataloader.read_meta); GPT-2's if it has none, as with nanoGPT's GPT-2 bins; None
+    if a nanoGPT meta.pkl holds sizes only. Raises ValueError if it is unsound."""
+    if 'tokenizer' in meta:
+        return check_spec(meta['tokenizer'])
+    return spec_from_nanogpt(meta['nanogpt']) if 'nanogpt' in meta else GPT2_SPEC
+
+
 def spec_from_nanogpt(meta):
     """The spec for the content of a nanoGPT meta.pkl, {'vocab_size': n, 'itos': {id: char}, 'stoi': {char: id}}; None if it
     holds sizes only. Raises ValueError if it is anything else."""
@@ -141,6 +149,7 @@ def spec_from_nanogpt(meta):
     if 'itos' not in meta:
         return None
     itos, n = meta['itos'], meta['vocab_size']
-    if not isinstance(itos, dict) or sorted(itos) != list(range(n)) or not all(isinstance(c, str) and len(c) == 1 for c in itos.values()):
+    if (not isinstance(itos, dict) or len(itos) != n or set(itos) != set(range(n))
+            or not all(isinstance(c, str) and len(c) == 1 for c in itos.values())):
         raise ValueError(f"its 'itos' does not map the ids 0 to {n - 1} to one character each")
     return check_spec({'kind': 'char', 'chars': ''.join(itos[i] for i in range(n))})

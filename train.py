@@ -14,16 +14,38 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (LATEST, load_checkpoint, load_optimizer_buffers, load_pretrained, model_entry, prepare_out_dir,
-                        restore_model, save_checkpoint, set_aside)
+from checkpoint import (
+    LATEST,
+    load_checkpoint,
+    load_optimizer_buffers,
+    load_pretrained,
+    model_entry,
+    prepare_out_dir,
+    restore_model,
+    save_checkpoint,
+    set_aside,
+)
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
 from metrics import NoLog, RunLog
 from model import GPT, GPTConfig
 from optim import learning_rate_at, load_optimizer_state, make_optimizer, snapshot, update_ratio
-from runtime import (Ranks, StopSignal, Stopwatch, autocast, compile_or_stay_eager, find_ranks, join_ranks, leave_ranks,
-                     peak_flops, pick_device, pick_dtype, seed_all, use_fast_float32)
-from tokenizer import GPT2_SPEC, check_spec, spec_from_nanogpt, spec_vocab_size
+from runtime import (
+    Ranks,
+    StopSignal,
+    Stopwatch,
+    autocast,
+    compile_or_stay_eager,
+    find_ranks,
+    join_ranks,
+    leave_ranks,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    seed_all,
+    use_fast_float32,
+)
+from tokenizer import GPT2_SPEC, spec_from_meta, spec_vocab_size
 
 # --- settings: the defaults train GPT-2 124M on OpenWebText on 8 GPUs -----------------------------------------------------
 # where and when to report
@@ -104,14 +126,13 @@ def say(*words):
 data_dir = os.path.join('data', dataset)
 meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
-    if 'tokenizer' in meta:
-        tokenizer = check_spec(meta['tokenizer'])
-    else:
-        tokenizer = spec_from_nanogpt(meta['nanogpt']) if 'nanogpt' in meta else GPT2_SPEC  # no description at all: nanoGPT's GPT-2 bins
+    tokenizer = spec_from_meta(meta)
     tokenizer_vocab_size = spec_vocab_size(tokenizer) if tokenizer else meta['nanogpt']['vocab_size']
+train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) for split in ('train', 'val'))
 
 # --- model ----------------------------------------------------------------------------------------------------------------
 iter_num, best_val_loss, best_iter, resumed = 0, math.inf, 0, None  # iter_num counts the updates made
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
 seed_all(seed)
 if init_from == 'scratch':
     vocab_size = GPTConfig.vocab_size if tokenizer == GPT2_SPEC else tokenizer_vocab_size
@@ -120,31 +141,32 @@ if init_from == 'scratch':
 elif init_from == 'resume':
     path = os.path.join(out_dir, LATEST)
     resumed = load_checkpoint(path)
-    for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):  # unless asked for, the shape is the checkpoint's, as in nanoGPT
+    for key in SHAPE:  # unless asked for, the shape is the checkpoint's, as in nanoGPT
         if key in config.given and config[key] != resumed['model_args'].get(key):
             raise UserError(f'--{key}={config[key]}: the run in {path} has {key}={resumed["model_args"].get(key)}; leave it out to resume, '
                             'or start another run with another --out_dir')
     if resumed.get('tokenizer') not in (None, tokenizer):
         raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
     model = restore_model(resumed, path, dropout)
-    block_size = config['block_size'] = model.config.block_size
-    iter_num, best_val_loss, best_iter = resumed['iter_num'], resumed['best_val_loss'], resumed.get('best_iter', resumed['iter_num'])
-    changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in resumed['config'].items()
-               if key in config and key not in ('init_from', 'eval_only') and config[key] != old]
-    say(f'resuming {path} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
+    iter_num, best_val_loss, best_iter = resumed['iter_num'], resumed['best_val_loss'], resumed['best_iter']
 else:
     model, _ = load_pretrained(init_from, dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
     elif block_size > model.config.block_size:
         raise UserError(f'--block_size={block_size}: {init_from} has {model.config.block_size} positions, use at most that')
+config.update({key: getattr(model.config, key) for key in SHAPE})
+block_size = model.config.block_size
+if resumed:
+    changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in resumed['config'].items()
+               if key in config and key not in ('init_from', 'eval_only') and config[key] != old]
+    say(f'resuming {path} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
 if tokenizer_vocab_size > model.config.vocab_size:
     raise UserError(f'{data_dir} has a vocabulary of {tokenizer_vocab_size}, the model of {model.config.vocab_size}: '
                     'choose another --dataset')
-train_tokens = Tokens(data_dir, 'train', meta, tokenizer_vocab_size if tokenizer else model.config.vocab_size)
-val_tokens = Tokens(data_dir, 'val', meta, tokenizer_vocab_size if tokenizer else model.config.vocab_size)
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num)
 val_tokens.require_window(block_size)
+x, y = batches.next()
 model.to(device)
 
 # --- optimizer ------------------------------------------------------------------------------------------------------------
@@ -152,7 +174,7 @@ optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), d
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
-    with user_errors(ValueError, where=f'{out_dir}/{LATEST}: '):
+    with user_errors(ValueError, where=f'the optimizer state of {out_dir}/{LATEST}: '):
         load_optimizer_state(optimizer, buffers['optimizer'])
     if scaler.is_enabled() and buffers.get('scaler'):
         scaler.load_state_dict(buffers['scaler'])
@@ -178,18 +200,18 @@ say(f'{model.num_params():,} parameters, {tokens_per_iter:,} tokens an update, {
 def try_once():
     """One forward and backward, and one evaluation, with nothing learned from them: makes the compiler do its work."""
     x, y = next(eval_batches(val_tokens, block_size, batch_size, 1, Ranks(), device))
-    for mode in (model.train, model.eval):
-        mode()
-        with torch.set_grad_enabled(model.training), autocast(device, dtype):
+    for training in (False,) if eval_only else (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training), autocast(device, dtype):
             loss = model(x, y)[1]
-        if model.training:
+        if training:
             scaler.scale(loss / local_accumulation_steps).backward()
     model.zero_grad(set_to_none=True)
 
 
 watch.lap('start')
 if compile:
-    say('compiling the model, this can take a minute (--compile=False goes without) …')
+    say('compiling the model, this can take a minute (--compile=False goes without) ...')
     compile_or_stay_eager(model, try_once)
     watch.lap('compilation')
 raw_model = model  # what is evaluated and saved: without the ranks' wrapper
@@ -241,7 +263,6 @@ skipped = 0  # updates in a row that were not finite
 unlogged, clipped, logged_seconds = 0, 0, 0.0  # since the last line of the log: updates, clipped ones; training time until then
 first_iter = iter_num
 raw_model.train()
-x, y = batches.next()
 watch.lap('start')
 
 while True:
@@ -262,7 +283,7 @@ while True:
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num
             finished = finished or 0 < patience * eval_interval <= iter_num - best_iter
-            if iter_num > 0 and (is_best or always_save_checkpoint or finished):
+            if finished or iter_num > 0 and (is_best or always_save_checkpoint):
                 save(is_best)
             watch.lap('saving')
     if stopping or finished:

@@ -17,6 +17,6 @@ elif torch.backends.mps.is_available():  # 2.7M
     learning_rate, min_lr, max_iters = 1e-3, 1e-4, 1500
 else:  # 0.80M
     n_layer, n_head, n_embd, block_size, batch_size, dropout = 4, 4, 128, 64, 12, 0.0
-    learning_rate, min_lr, max_iters = 1e-3, 1e-4, 1500
+    learning_rate, min_lr, max_iters = 4e-3, 1e-4, 1500
 lr_decay_iters = max_iters
 compile = torch.cuda.is_available()  # elsewhere it takes longer than it saves in so short a run

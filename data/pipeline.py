@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import sys
 import time
 
 import numpy as np
@@ -50,7 +49,7 @@ def download(url, path, sha256, tries=3, timeout=10):
 def file_sha256(path):
     """SHA-256 of a file, as hexadecimal text."""
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def read_text(path):
@@ -58,9 +57,12 @@ def read_text(path):
     cannot be read or is not UTF-8."""
     with user_errors(OSError, where=f'cannot read {path}: '), open(path, encoding='utf-8-sig') as file:
         try:
-            return file.read()
+            text = file.read()
         except UnicodeDecodeError as error:
             raise UserError(f'{path} is not UTF-8 text (byte {error.start}): convert it first, with iconv for instance') from error
+    if '\0' in text:
+        raise UserError(f'{path} holds zero bytes, so it is not text')
+    return text
 
 
 def read_documents(path):
@@ -74,13 +76,9 @@ def read_documents(path):
             folders[:] = sorted(name for name in folders if not name.startswith('.'))
             for name in sorted(name for name in files if not name.startswith('.')):
                 try:
-                    text = read_text(os.path.join(folder, name))
+                    documents.append(read_text(os.path.join(folder, name)))
                 except UserError:
-                    text = '\0'
-                if '\0' in text:
                     passed += 1
-                else:
-                    documents.append(text)
     documents = [text for text in documents if text]
     if not documents:
         raise UserError(f'there is no text in {path}')
@@ -123,13 +121,14 @@ def write_dataset(out_dir, documents, kind, val_fraction=0.1):
     else:
         raise UserError(f"--tokenizer={kind}: must be 'char' or 'gpt2'")
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
-    meta = {'tokenizer': tokenizer.spec(), 'vocab_size': tokenizer.vocab_size, 'dtype': {2: 'uint16', 4: 'uint32'}[dtype.itemsize],
+    meta = {'tokenizer': tokenizer.spec(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name,
             'tokens': {split: len(row) for split, row in ids.items()}}
+    description = json.dumps(meta, indent=1) + '\n'
     with user_errors(OSError, where=f'cannot write to {out_dir}: '):
         os.makedirs(out_dir, exist_ok=True)
         for split, row in ids.items():
             write_file(os.path.join(out_dir, f'{split}.bin'), row.astype(dtype).tobytes())
-        write_file(os.path.join(out_dir, 'meta.json'), (json.dumps(meta, ensure_ascii=True, indent=1) + '\n').encode())
+        write_file(os.path.join(out_dir, 'meta.json'), description.encode())
     print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, vocabulary of {tokenizer.vocab_size:,}')
 
 

@@ -3,12 +3,12 @@ import os
 
 import pytest
 import torch
-
-from checkpoint import (BEST, LATEST, load_checkpoint, load_optimizer_buffers, model_entry, restore_model, save_checkpoint, set_aside)
-from configurator import UserError
 from conftest import SHARED  # noqa: F401
-from model import GPT, GPTConfig
 from nanogpt_reference import ReferenceGPT
+
+from checkpoint import BEST, LATEST, load_checkpoint, load_optimizer_buffers, model_entry, restore_model, save_checkpoint, set_aside
+from configurator import UserError
+from model import GPT, GPTConfig
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)
 

@@ -1,8 +1,8 @@
 """Settings: order, types, names, help."""
 import pytest
+from conftest import REPO, run
 
 from configurator import Config, UserError, configure
-from conftest import REPO, run
 
 
 def settings():

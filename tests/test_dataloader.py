@@ -4,9 +4,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import CHARS, write_data
 
 from configurator import UserError
-from conftest import CHARS, write_data
 from dataloader import Tokens, TrainBatches, check_ids, eval_batches, read_meta
 from runtime import Ranks
 from tokenizer import spec_from_nanogpt

@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
+from conftest import SHARED  # noqa: F401  (puts the repository on the path)
+from nanogpt_reference import ReferenceGPT
 
 from checkpoint import load_pretrained
-from conftest import SHARED  # noqa: F401  (puts the repository on the path)
 from model import GPT, GPTConfig, sample_token
-from nanogpt_reference import ReferenceGPT
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
 

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import SHARED  # noqa: F401
+
 from model import GPT, GPTConfig
 from optim import learning_rate_at, load_optimizer_state, make_optimizer, snapshot, update_ratio
 

@@ -2,8 +2,8 @@
 import random
 
 import pytest
-
 from conftest import SHARED
+
 from tokenizer import CharTokenizer, check_spec, load_tokenizer, spec_from_nanogpt
 
 

@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
+from conftest import CHARS, REPO, TINY, environment, metrics, run, run_forked, run_forked_ok, run_ok, torchrun, write_data
+from nanogpt_reference import ReferenceGPT
 
 from checkpoint import load_checkpoint
-from conftest import CHARS, REPO, TINY, environment, metrics, run, run_ok, torchrun, write_data
 from model import GPT, GPTConfig
-from nanogpt_reference import ReferenceGPT
 
 DROPOUT = '--dropout=0.2'
 
@@ -80,7 +80,7 @@ def test_two_nodes(workspace):
 
 
 def test_exactly_max_iters_updates_then_evaluation_and_save(workspace):
-    run_ok('train.py', *TINY, '--max_iters=7', '--log_interval=2', cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--max_iters=7', '--log_interval=2', cwd=workspace)
     updates, evaluations = metrics(workspace / 'out')
     assert [r['iter'] for r in updates] == [0, 2, 4, 6] and [r['iter'] for r in evaluations] == [0, 4, 7]
     state = torch.load(workspace / 'out' / 'ckpt_optimizer_00000007.pt', weights_only=True)['optimizer']['state']
@@ -91,7 +91,7 @@ def test_exactly_max_iters_updates_then_evaluation_and_save(workspace):
 
 
 def test_reports(workspace):
-    output = run_ok('train.py', *TINY, '--grad_clip=0.5', cwd=workspace)
+    output = run_forked_ok('train.py', *TINY, '--grad_clip=0.5', cwd=workspace)
     updates, _ = metrics(workspace / 'out')
     for record in updates:
         assert record['mfu'] is None and record['tokens_per_s'] > 0 and record['left_s'] >= 0 and record['grad_norm'] > 0
@@ -105,30 +105,31 @@ def test_reports(workspace):
 
 def test_logged_loss_is_the_mean_over_micro_batches(workspace):
     """The first update's, from the initial weights, against a computation of its own; and of one large batch."""
-    run_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=4', '--batch_size=2', '--out_dir=a', cwd=workspace)
-    run_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=1', '--batch_size=8', '--out_dir=b', cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=4', '--batch_size=2', '--out_dir=a', cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=1', '--batch_size=8', '--out_dir=b', cwd=workspace)
     (a,), (b,) = (metrics(workspace / name)[0] for name in 'ab')
     assert a['loss'] == pytest.approx(b['loss'], abs=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
 
 
 def test_evaluation_is_repeatable_and_changes_nothing(workspace):
-    run_ok('train.py', *TINY, '--out_dir=often', '--eval_interval=1', '--eval_iters=5', DROPOUT, cwd=workspace)
-    run_ok('train.py', *TINY, '--out_dir=seldom', '--eval_interval=100', '--eval_iters=1', DROPOUT, cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--out_dir=often', '--eval_interval=1', '--eval_iters=5', DROPOUT, cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--out_dir=seldom', '--eval_interval=100', '--eval_iters=1', DROPOUT, cwd=workspace)
     assert identical(weights(workspace / 'often'), weights(workspace / 'seldom'))
     before = {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
     arguments = [*TINY, '--out_dir=often', '--eval_iters=5', '--eval_only=True', '--init_from=resume']
-    first, second = (run_ok('train.py', *arguments, cwd=workspace).splitlines()[-1] for _ in range(2))
+    first, second = (run_forked_ok('train.py', *arguments, cwd=workspace).splitlines()[-1] for _ in range(2))
     assert first == second
     assert f'val loss {metrics(workspace / "often")[1][-1]["val/loss"]:.4f}' in first
     assert before == {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
-    assert 'step 0: train loss' in run_ok('train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', cwd=workspace)
+    assert 'step 0: train loss' in run_forked_ok('train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', cwd=workspace)
     assert not (workspace / 'nowhere').exists()
 
 
 def test_best_and_latest(workspace):
     """A learning rate that ruins the model after a good start: ckpt_best.pt keeps the good one."""
-    (workspace / 'ruin.py').write_text('decay_lr = False\nlearning_rate = 0.5\neval_interval = 1\nmax_iters = 6\nalways_save_checkpoint = False\n')
-    run_ok('train.py', *TINY, 'ruin.py', cwd=workspace)
+    (workspace / 'ruin.py').write_text('decay_lr = False\nlearning_rate = 0.5\neval_interval = 1\nmax_iters = 6\n'
+                                       'always_save_checkpoint = False\n')
+    run_forked_ok('train.py', *TINY, 'ruin.py', cwd=workspace)
     _, evaluations = metrics(workspace / 'out')
     best = min(evaluations, key=lambda r: r['val/loss'])
     assert best['iter'] < 6
@@ -140,7 +141,7 @@ def test_best_and_latest(workspace):
 
 def test_early_stopping(workspace):
     arguments = [*TINY, '--learning_rate=0.0', '--min_lr=0.0', '--max_iters=50', '--eval_interval=2', '--patience=3']
-    assert 'done: 6 updates' in run_ok('train.py', *arguments, cwd=workspace)
+    assert 'done: 6 updates' in run_forked_ok('train.py', *arguments, cwd=workspace)
     assert [r['iter'] for r in metrics(workspace / 'out')[1]] == [0, 2, 4, 6]
 
 
@@ -215,9 +216,9 @@ def test_a_run_that_diverges_stops_and_its_checkpoint_is_sound(workspace):
 
 
 def test_a_new_run_does_not_overwrite_an_earlier_one(workspace):
-    run_ok('train.py', *TINY, cwd=workspace)
+    run_forked_ok('train.py', *TINY, cwd=workspace)
     before = weights(workspace / 'out')
-    output = run_ok('train.py', *TINY, '--seed=1', cwd=workspace)
+    output = run_forked_ok('train.py', *TINY, '--seed=1', cwd=workspace)
     assert 'holds an earlier run, moved to out/previous-1' in output
     assert identical(before, weights(workspace / 'out' / 'previous-1')) and not identical(before, weights(workspace / 'out'))
     assert len(metrics(workspace / 'out')[1]) == len(metrics(workspace / 'out' / 'previous-1')[1]) == 3
@@ -227,7 +228,8 @@ def test_a_new_run_does_not_overwrite_an_earlier_one(workspace):
 def test_compilation_and_its_absence(workspace, compiler):
     """Without a C++ compiler there is one line of warning, and the run is the eager one to the last bit."""
     without = {'CXX': '/nowhere/c++', 'PATH': '/nowhere', 'TORCHINDUCTOR_CACHE_DIR': str(workspace / 'cache')}
-    result = run('train.py', *TINY, '--compile=True', '--max_iters=3', cwd=workspace, timeout=300, **(without if compiler != 'works' else {}))
+    result = run('train.py', *TINY, '--compile=True', '--max_iters=3', cwd=workspace, timeout=300,
+                 **(without if compiler != 'works' else {}))
     assert result.returncode == 0, result.stderr
     run_ok('train.py', *TINY, '--max_iters=3', '--out_dir=eager', cwd=workspace)
     compiled, eager = metrics(workspace / 'out')[0], metrics(workspace / 'eager')[0]
@@ -284,13 +286,13 @@ def test_finetuning_a_pretrained_gpt2(workspace):
                                eos_token_id=0)).save_pretrained(workspace / 'hf')
     arguments = ['--init_from=hf', '--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--batch_size=2',
                  '--gradient_accumulation_steps=1', '--block_size=16', '--eval_iters=2', '--warmup_iters=0', '--decay_lr=False']
-    assert 'step 0: train loss' in run_ok('train.py', *arguments, '--eval_only=True', cwd=workspace)
-    run_ok('train.py', *arguments, '--max_iters=3', cwd=workspace)
+    assert 'step 0: train loss' in run_forked_ok('train.py', *arguments, '--eval_only=True', cwd=workspace)
+    run_forked_ok('train.py', *arguments, '--max_iters=3', cwd=workspace)
     raw = torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)
     ReferenceGPT(**raw['model_args']).load_state_dict(raw['model'])
     assert raw['model_args']['block_size'] == 16 and raw['mlp'] == 'gelu_tanh'
-    run_ok('train.py', *arguments, '--init_from=resume', '--max_iters=5', cwd=workspace)
-    result = run('train.py', *arguments, '--block_size=32', cwd=workspace)
+    run_forked_ok('train.py', *arguments, '--init_from=resume', '--max_iters=5', cwd=workspace)
+    result = run_forked('train.py', *arguments, '--block_size=32', cwd=workspace)
     assert result.returncode == 2 and '24 positions' in result.stderr
 
 

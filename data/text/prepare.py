@@ -22,5 +22,7 @@ if not input or not os.path.exists(input):
 name = name or os.path.splitext(os.path.basename(os.path.abspath(input)))[0]
 if os.path.basename(name) != name or name.startswith('.'):
     raise UserError(f'--name={name}: must be a plain name, it becomes a folder in data/text')
+if os.path.exists(os.path.join(HERE, name, 'meta.json')):
+    print(f'replacing the data set text/{name} that is there; another --name keeps both')
 write_dataset(os.path.join(HERE, name), read_documents(input), tokenizer, val_fraction)
 print(f'train on it with --dataset=text/{name}')

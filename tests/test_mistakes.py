@@ -1,0 +1,336 @@
+"""A person's mistake ends with exit status 2 and one line that says what is wrong and what to do: no traceback, nothing of
+the user's overwritten, no code from a data file executed. Every case runs the real script, as a user would."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CHARS, REPO, TINY, environment, run, run_forked, run_ok, write_data
+
+RESUME = [*TINY, '--init_from=resume', '--max_iters=12']
+SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=4']
+BENCH = ['--device=cpu', '--compile=False', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2',
+         '--warmup_iters=0', '--max_iters=1', '--dataset=tiny']
+PREPARE = 'data/text/prepare.py'
+META = 'data/tiny/meta.json'
+ON_THREE = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3'}  # as torchrun sets it; there is nobody to join
+
+
+class Code:
+    """Unpickled by an unsuspecting reader, this runs a command."""
+
+    def __reduce__(self):
+        return os.system, ('touch executed',)
+
+
+# --- ways to prepare a mistake: each gives a function of the workspace -------------------------------------------------
+
+def put(path, content):
+    """Write text, bytes, JSON (a dict or list), or an object that `torch.save` takes for a .pt, in place of a file."""
+    def prepare(folder):
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == '.pt' and not isinstance(content, bytes):
+            torch.save(content, target)
+        else:
+            text = content if isinstance(content, (bytes, str)) else json.dumps(content)
+            target.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return prepare
+
+
+def drop(*paths):
+    return lambda folder: [(folder / path).unlink() for path in paths]
+
+
+def cut(path, size):
+    return lambda folder: os.truncate(folder / path, size)
+
+
+def ids(path, *values):
+    """Overwrite the first ids of a split."""
+    def prepare(folder):
+        with open(folder / path, 'r+b') as file:
+            file.write(b''.join(value.to_bytes(2, 'little') for value in values))
+    return prepare
+
+
+def meta(**changes):
+    """Change meta.json; a value of None takes the key out."""
+    def prepare(folder):
+        content = {**json.loads((folder / META).read_text()), **changes}
+        (folder / META).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return prepare
+
+
+def meta_pkl(content):
+    """A nanoGPT meta.pkl, of an object or of raw bytes, in place of meta.json."""
+    return both(drop(META), put('data/tiny/meta.pkl', content if isinstance(content, bytes) else pickle.dumps(content)))
+
+
+def forge(change, name='ckpt.pt'):
+    """Load a checkpoint, change it in place, save it again."""
+    def prepare(folder):
+        state = torch.load(folder / 'out' / name, weights_only=True)
+        change(state)
+        torch.save(state, folder / 'out' / name)
+    return prepare
+
+
+def both(*steps):
+    return lambda folder: [step(folder) for step in steps]
+
+
+def mkdir(path):
+    return lambda folder: (folder / path).mkdir(parents=True)
+
+
+def config(text):
+    return put('c.py', text)
+
+
+OPTIMIZER = 'ckpt_optimizer_00000008.pt'
+GPT2_CONFIG = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 16,
+               'vocab_size': 29}
+LOSS = {'iter': 0, 'loss': 3.4, 'time_ms': 1.0}
+
+# name, what prepares it (None: nothing), script, arguments, words in the error line[, environment]
+FRESH = [  # in a folder with the data set data/tiny
+    # settings
+    ('unknown_key', None, 'train.py', [*TINY, '--batchsize=3'], "unknown setting 'batchsize'; the nearest is 'batch_size'"),
+    ('float_for_int', None, 'train.py', [*TINY, '--batch_size=1.5'], 'batch_size must be a whole number'),
+    ('word_for_float', None, 'train.py', [*TINY, '--learning_rate=fast'], 'learning_rate must be a number'),
+    ('number_for_bool', None, 'train.py', [*TINY, '--compile=0'], 'compile must be True or False'),
+    ('no_value', None, 'train.py', [*TINY, '--eval_only'], '--eval_only=VALUE'),
+    ('no_dashes', None, 'train.py', [*TINY, 'batch_size=3'], 'settings are written --key=value'),
+    ('number_too_large_for_a_float', None, PREPARE, ['--val_fraction=1' + 400 * '0'], 'val_fraction'),
+    ('two_lines_in_a_setting', None, PREPARE, ['--input=a\nb'], 'there is no such file or folder'),
+    ('unknown_key_of_a_script_without_settings', None, 'data/python_docs_char/prepare.py', ['--mistake=1'], "unknown setting 'mistake'"),
+    ('config_missing', None, 'plot.py', ['c.py'], 'cannot read the config file c.py'),
+    ('config_is_a_folder', mkdir('c.py'), 'plot.py', ['c.py'], 'cannot read the config file c.py'),
+    ('config_not_text', config(b'\xff\xfe\x00'), 'plot.py', ['c.py'], 'cannot read the config file c.py'),
+    ('config_syntax', config('title = ""\nx = ('), 'plot.py', ['c.py'], 'c.py, line 2: not valid Python'),
+    ('config_unknown_name', config('runz = "out"'), 'plot.py', ['c.py'], "c.py: unknown setting 'runz'; the nearest is 'runs'"),
+    ('config_wrong_type', config('runs = 3'), 'plot.py', ['c.py'], 'runs must be text in quotes, not 3'),
+    ('config_raises', config('import os\ntitle = 1 // 0'), 'plot.py', ['c.py'], 'c.py, line 2: ZeroDivisionError'),
+    ('config_exits', config('import sys\nsys.exit("no")'), 'plot.py', ['c.py'], 'c.py, line 2'),
+    # values
+    ('n_embd_by_n_head', None, 'train.py', [*TINY, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
+    ('n_layer_0', None, 'train.py', [*TINY, '--n_layer=0'], 'n_layer=0'),
+    ('dropout_1', None, 'train.py', [*TINY, '--dropout=1'], '--dropout=1.0: must be in [0, 1)'),
+    ('learning_rate_negative', None, 'train.py', [*TINY, '--learning_rate=-1e-3'], '--learning_rate=-0.001'),
+    ('learning_rate_infinite', None, 'train.py', [*TINY, '--learning_rate=1e999'], '--learning_rate=inf'),
+    ('batch_size_0', None, 'train.py', [*TINY, '--batch_size=0'], '--batch_size=0: must be at least 1'),
+    ('beta1_1', None, 'train.py', [*TINY, '--beta1=1'], '--beta1=1.0'),
+    ('data_order', None, 'train.py', [*TINY, '--data_order=sorted'], "--data_order=sorted: must be 'random' or 'shuffle'"),
+    ('device_unknown', None, 'train.py', [*TINY, '--device=gpu'], '--device=gpu'),
+    pytest.param(('no_cuda', None, 'train.py', [*TINY, '--device=cuda'], 'use --device=auto or --device=cpu'),
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one')),
+    ('dtype_unknown', None, 'train.py', [*TINY, '--dtype=half'], '--dtype=half: unknown; use auto, float32'),
+    ('float16_on_cpu', None, 'train.py', [*TINY, '--dtype=float16'], '--dtype=float16: needs a CUDA device'),
+    ('accumulation_by_ranks', None, 'train.py', TINY, '--gradient_accumulation_steps=2 cannot be divided among 3 ranks: use 3', ON_THREE),
+    ('nccl_on_cpu', None, 'train.py', [*TINY, '--gradient_accumulation_steps=3', '--backend=nccl'], '--backend=nccl: works between CUDA',
+     ON_THREE),
+    ('backend_unknown', None, 'train.py', [*TINY, '--gradient_accumulation_steps=3', '--backend=mpi'], '--backend=mpi: unknown', ON_THREE),
+    ('rank_alone', None, 'train.py', TINY, 'start several ranks by torchrun', {'RANK': '0'}),
+    ('no_ranks', None, 'train.py', TINY, 'WORLD_SIZE', {**ON_THREE, 'WORLD_SIZE': '0'}),
+    ('nowhere_to_join', None, 'train.py', [*TINY, '--gradient_accumulation_steps=3'], 'MASTER_ADDR', ON_THREE),
+    ('model_too_large', None, 'train.py', [*TINY, '--n_embd=4000000'], 'memory'),
+    ('batch_too_large', None, 'train.py', [*TINY, f'--batch_size={10**15}'], 'memory'),
+    ('out_dir_below_a_file', put('file', 'mine'), 'train.py', [*TINY, '--out_dir=file/out'], 'cannot write to --out_dir=file/out'),
+    ('log_is_a_folder', mkdir('out/metrics.jsonl'), 'train.py', TINY, 'cannot write out/metrics.jsonl'),
+    # data sets
+    ('no_data_set', None, 'train.py', [*TINY, '--dataset=large'], 'there is no data set data/large: run python data/large/prepare.py'),
+    ('no_train_bin', drop('data/tiny/train.bin'), 'train.py', TINY, 'train.bin is missing: run python data/tiny/prepare.py'),
+    ('no_val_bin', drop('data/tiny/val.bin'), 'train.py', TINY, 'val.bin is missing'),
+    ('bin_is_a_folder', both(drop('data/tiny/train.bin'), mkdir('data/tiny/train.bin')), 'train.py', TINY, 'data/tiny/train.bin'),
+    ('bin_empty', cut('data/tiny/train.bin', 0), 'train.py', TINY, 'train.bin: it is empty'),
+    ('bin_cut_short', cut('data/tiny/val.bin', 1001), 'train.py', TINY, 'it was cut short'),
+    ('bin_of_another_size', cut('data/tiny/train.bin', 4000), 'train.py', TINY, 'holds 2000 tokens, meta.json says 4000'),
+    ('id_beyond_vocabulary', ids('data/tiny/val.bin', 1, 29), 'train.py', TINY, 'val.bin holds the id 29, the vocabulary ends at 28'),
+    ('dtype_in_meta', meta(dtype='float64'), 'train.py', TINY, "'dtype' is 'float64', must be uint16 or uint32"),
+    ('wider_dtype_in_meta', meta(dtype='uint32'), 'train.py', TINY, 'holds 2000 tokens, meta.json says 4000'),
+    ('meta_not_json', put(META, '{"tokens": '), 'train.py', TINY, 'meta.json is not a data set description'),
+    ('meta_no_object', put(META, [1, 2]), 'train.py', TINY, 'it holds no JSON object'),
+    ('meta_nested_deep', put(META, 100000 * '['), 'train.py', TINY, 'meta.json is not a data set description'),
+    ('tokenizer_unknown', meta(tokenizer={'kind': 'bpe'}), 'train.py', TINY, 'data/tiny/meta: unknown kind of tokenizer'),
+    ('tokenizer_repeats', meta(tokenizer={'kind': 'char', 'chars': 'aa'}), 'train.py', TINY, 'no character stands twice'),
+    ('meta_pkl_with_code', meta_pkl(Code()), 'train.py', TINY, 'meta.pkl is not a nanoGPT meta.pkl: it asks to import'),
+    ('meta_pkl_corrupt', meta_pkl(b'\x80\x04\x95\xff'), 'train.py', TINY, 'meta.pkl is not a nanoGPT meta.pkl'),
+    ('meta_pkl_without_vocab_size', meta_pkl({'itos': dict(enumerate(CHARS))}), 'train.py', TINY, "data/tiny/meta: it has no 'vocab_size'"),
+    ('meta_pkl_mixed_keys', meta_pkl({'vocab_size': 2, 'itos': {0: 'a', 'b': 'c'}}), 'train.py', TINY, "its 'itos' does not map"),
+    ('meta_pkl_huge', meta_pkl({'vocab_size': 10**15}), 'train.py', TINY, 'memory'),
+    ('block_beyond_train', None, 'train.py', [*TINY, '--block_size=4000'], 'train.bin holds 4000 tokens, too few'),
+    ('block_beyond_val', None, 'train.py', [*TINY, '--block_size=1000'], 'val.bin holds 1000 tokens, too few'),
+    ('block_huge', None, 'train.py', [*TINY, f'--block_size={10**14}'], 'block_size'),
+    # pretrained weights
+    ('init_from_unknown', None, 'train.py', [*TINY, '--init_from=gpt5'], '--init_from=gpt5: must be scratch, resume, gpt2'),
+    ('init_from_empty_folder', mkdir('hf'), 'train.py', [*TINY, '--init_from=hf'], 'cannot load the pretrained model hf (check the files'),
+    ('init_from_bert', put('hf/config.json', {'model_type': 'bert'}), 'train.py', [*TINY, '--init_from=hf'], 'only GPT-2 can be imported'),
+    ('init_from_no_weights', put('hf/config.json', GPT2_CONFIG), 'train.py', [*TINY, '--init_from=hf'], 'cannot load the pretrained'),
+    ('init_from_code_in_weights', both(put('hf/config.json', GPT2_CONFIG), lambda f: torch.save(Code(), f / 'hf/pytorch_model.bin')),
+     'train.py', [*TINY, '--init_from=hf'], 'cannot load the pretrained model hf'),
+    # before there is a run
+    ('resume_nothing', None, 'train.py', RESUME, 'there is no out/ckpt.pt: train first'),
+    ('sample_nothing', None, 'sample.py', SAMPLE, 'there is no out/ckpt.pt: train first'),
+    ('plot_nothing', None, 'plot.py', [], 'cannot read out/metrics.jsonl, train first or check --runs'),
+    ('plot_no_metrics', put('out/metrics.jsonl', 'nothing yet\n'), 'plot.py', [], 'holds no losses yet'),
+    ('plot_no_folder', None, 'plot.py', ['--runs='], '--runs='),
+    ('plot_axis', None, 'plot.py', ['--x=epochs'], "--x=epochs: must be 'iter' or 'seconds'"),
+    ('plot_format', put('out/metrics.jsonl', LOSS), 'plot.py', ['--output=out/metrics.jsonl'], 'must end in .png'),
+    ('plot_output_below_a_file', put('out/metrics.jsonl', LOSS), 'plot.py', ['--output=out/metrics.jsonl/x.png'], 'cannot write'),
+    ('plot_loss_is_text', put('out/metrics.jsonl', {'iter': 0, 'loss': {'a': 1}}), 'plot.py', [], 'out/metrics.jsonl'),
+    ('plot_half_an_evaluation', put('out/metrics.jsonl', {'iter': 0, 'val/loss': 3.4}), 'plot.py', [], 'out/metrics.jsonl'),
+    ('plot_no_times', put('out/metrics.jsonl', {'iter': 0, 'loss': 3.4}), 'plot.py', ['--x=seconds'], 'out/metrics.jsonl'),
+    ('bench_shape', None, 'bench.py', [*BENCH, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
+    ('bench_vocabulary', None, 'bench.py', [*BENCH, '--vocab_size=10'], 'train.bin holds the id 28, the vocabulary ends at 9'),
+    ('bench_block', None, 'bench.py', [*BENCH, '--block_size=4000'], 'train.bin holds 4000 tokens, too few'),
+    ('bench_memory', None, 'bench.py', [*BENCH, f'--vocab_size={10**14}'], 'memory'),
+    ('bench_trace', None, 'bench.py', [*BENCH, '--profile=True', '--trace_file=no/t.json'], 'cannot write --trace_file=no/t.json'),
+    # texts
+    ('text_missing', None, PREPARE, ['--input=mistake.txt'], '--input=mistake.txt: there is no such file or folder'),
+    ('text_none', None, PREPARE, [], 'which text? give --input=FILE_OR_FOLDER'),
+    ('text_binary', put('mistake.txt', bytes(range(256))), PREPARE, ['--input=mistake.txt'], 'is not UTF-8 text (byte 128)'),
+    ('text_zeros', put('mistake.txt', 1000 * b'\0\1'), PREPARE, ['--input=mistake.txt'], 'mistake.txt'),
+    ('text_empty', put('mistake.txt', ''), PREPARE, ['--input=mistake.txt'], 'there is no text in mistake.txt'),
+    ('text_one_character', put('mistake.txt', 'a'), PREPARE, ['--input=mistake.txt'], 'too few to split'),
+    ('text_folder_without', put('mistake/image.png', b'\x89PNG\xff'), PREPARE, ['--input=mistake'], 'there is no text in mistake'),
+    ('text_val_fraction', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--val_fraction=1'], '--val_fraction=1.0'),
+    ('text_tokenizer', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--tokenizer=word'], '--tokenizer=word: must be'),
+    ('text_name', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--name=../mistake'], '--name=../mistake: must be'),
+    ('text_of_shakespeare', None, 'data/shakespeare_char/prepare.py', ['--input=mistake.txt'], 'cannot read mistake.txt'),
+]
+TRAINED = [  # the same, and a run of 8 updates in out/
+    # checkpoints that are none
+    ('resume_random_bytes', put('out/ckpt.pt', bytes(range(256)) * 99), 'train.py', RESUME, 'out/ckpt.pt cannot be read as a checkpoint'),
+    ('resume_cut_short', cut('out/ckpt.pt', 20000), 'train.py', RESUME, 'out/ckpt.pt cannot be read as a checkpoint'),
+    ('sample_cut_short', cut('out/ckpt.pt', 20000), 'sample.py', SAMPLE, 'out/ckpt.pt cannot be read as a checkpoint'),
+    ('resume_other_dict', put('out/ckpt.pt', {'epoch': 3}), 'train.py', RESUME, "of SAMgpt or nanoGPT: it has no 'model'"),
+    ('resume_list', put('out/ckpt.pt', [1, 2]), 'train.py', RESUME, 'is not a checkpoint of SAMgpt or nanoGPT'),
+    ('sample_tensor', put('out/ckpt.pt', torch.ones(3)), 'sample.py', SAMPLE, 'is not a checkpoint of SAMgpt or nanoGPT'),
+    ('resume_code', put('out/ckpt.pt', Code()), 'train.py', RESUME, 'out/ckpt.pt cannot be read as a checkpoint: it holds code'),
+    ('sample_code', put('out/ckpt.pt', Code()), 'sample.py', SAMPLE, 'out/ckpt.pt cannot be read as a checkpoint: it holds code'),
+    ('resume_bare_pickle', put('out/ckpt.pt', pickle.dumps(Code())), 'train.py', RESUME, 'out/ckpt.pt cannot be read as a checkpoint'),
+    ('code_in_old_format', lambda f: torch.save({'model': Code()}, f / 'out/ckpt.pt', _use_new_zipfile_serialization=False),
+     'sample.py', SAMPLE, 'out/ckpt.pt cannot be read as a checkpoint: it holds code'),
+    # checkpoints that contradict the settings or themselves
+    ('resume_other_shape', None, 'train.py', [*RESUME, '--n_layer=3'], '--n_layer=3: the run in out/ckpt.pt has n_layer=2'),
+    ('weights_of_other_width', forge(lambda s: s['model_args'].update(n_embd=64)), 'train.py', [a for a in RESUME if 'n_embd' not in a],
+     'out/ckpt.pt: the weights do not fit the model_args'),
+    ('weights_missing', forge(lambda s: s['model'].pop('transformer.ln_f.weight')), 'sample.py', SAMPLE, 'the weights do not fit'),
+    ('weights_are_text', forge(lambda s: s['model'].update({'transformer.ln_f.weight': 'x'})), 'sample.py', SAMPLE, 'not tensors'),
+    ('weights_without_names', forge(lambda s: s['model'].update({1: torch.ones(2)})), 'sample.py', SAMPLE, 'out/ckpt.pt'),
+    ('weights_not_finite', forge(lambda s: s['model']['transformer.ln_f.weight'].fill_(float('nan'))), 'sample.py', SAMPLE, 'out/ckpt.pt'),
+    ('forged_n_layer', forge(lambda s: s['model_args'].update(n_layer=10**9)), 'sample.py', SAMPLE, 'n_layer=1000000000, but there are'),
+    ('forged_vocab_size', forge(lambda s: s['model_args'].update(vocab_size=10**14)), 'sample.py', SAMPLE, 'the weights do not fit'),
+    ('forged_vocab_size_beyond_int64', forge(lambda s: s['model_args'].update(vocab_size=10**30)), 'sample.py', SAMPLE, 'out/ckpt.pt'),
+    ('forged_field', forge(lambda s: s['model_args'].update(n_expert=8)), 'sample.py', SAMPLE, 'the weights do not fit the model_args'),
+    ('forged_expanded_weights', forge(lambda s: (s['model_args'].update(block_size=10**13), s['model'].update(
+        {'transformer.wpe.weight': torch.zeros(1, 1, dtype=torch.float16).expand(10**13, 32)}))), 'sample.py', SAMPLE, 'out/ckpt.pt'),
+    ('forged_iter_num', forge(lambda s: s.update(iter_num=-3)), 'train.py', RESUME, 'out/ckpt.pt'),
+    ('forged_best_val_loss', forge(lambda s: s.update(best_val_loss=None)), 'train.py', RESUME, 'out/ckpt.pt'),
+    ('forged_best_iter', forge(lambda s: s.update(best_iter='x')), 'train.py', [*RESUME, '--patience=1'], 'out/ckpt.pt'),
+    ('forged_tokenizer', forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': ''})), 'sample.py', SAMPLE, 'out/ckpt.pt is not a sound checkpoint: a char'),
+    ('tokenizer_of_other_size', forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': CHARS + 'ABC'})), 'sample.py', SAMPLE,
+     'the tokenizer has 32 ids, the model 29'),
+    ('tokenizer_of_other_data', lambda f: write_data(f / 'data/other', chars=CHARS.upper()), 'train.py', [*RESUME, '--dataset=other'],
+     'was trained with another tokenizer than that of data/other'),
+    # optimizer files
+    ('optimizer_missing', drop(f'out/{OPTIMIZER}'), 'train.py', RESUME, f'there is no out/{OPTIMIZER}'),
+    ('optimizer_elsewhere', both(forge(lambda s: s.update(optimizer_file='../optimizer.pt')), put('optimizer.pt', {'optimizer': {}})),
+     'train.py', RESUME, 'names no optimizer file'),
+    ('optimizer_random_bytes', put(f'out/{OPTIMIZER}', b'\0' * 999), 'train.py', RESUME, f'out/{OPTIMIZER} cannot be read'),
+    ('optimizer_code', put(f'out/{OPTIMIZER}', {'optimizer': Code()}), 'train.py', RESUME, f'out/{OPTIMIZER} cannot be read'),
+    ('optimizer_other_dict', put(f'out/{OPTIMIZER}', {'optimizer': [1]}), 'train.py', RESUME, 'is not one'),
+    ('optimizer_groups', forge(lambda s: s['optimizer'].update(param_groups=[1, 2]), OPTIMIZER), 'train.py', RESUME, 'optimizer'),
+    ('optimizer_of_other_shape', forge(lambda s: s['optimizer']['state'][1].update(exp_avg=torch.ones(3, 5)), OPTIMIZER), 'train.py',
+     RESUME, 'exp_avg of parameter 1 is not a tensor of (16, 32)'),
+    ('optimizer_index', forge(lambda s: s['optimizer']['state'].update({99: {'exp_avg': torch.ones(2)}}), OPTIMIZER), 'train.py', RESUME,
+     'optimizer'),
+    ('optimizer_half', forge(lambda s: s['optimizer']['state'][1].pop('exp_avg_sq'), OPTIMIZER), 'train.py', RESUME, 'optimizer'),
+    ('resume_log_is_a_folder', both(drop('out/metrics.jsonl'), mkdir('out/metrics.jsonl')), 'train.py', RESUME, 'out/metrics.jsonl'),
+    # sampling
+    ('prompt_of_other_characters', None, 'sample.py', [*SAMPLE, '--start=abcX'], "the character 'X' at position 3 is not among the 29"),
+    ('prompt_empty', None, 'sample.py', [*SAMPLE, '--start='], 'at least one token'),
+    ('prompt_file_missing', None, 'sample.py', [*SAMPLE, '--start=FILE:p.txt'], 'cannot read the prompt p.txt'),
+    ('prompt_file_not_text', put('p.txt', b'ab\xff'), 'sample.py', [*SAMPLE, '--start=FILE:p.txt'], 'cannot read the prompt p.txt'),
+    ('num_samples_0', None, 'sample.py', [*SAMPLE, '--num_samples=0'], '--num_samples=0: must be at least 1'),
+    ('num_samples_huge', None, 'sample.py', [*SAMPLE, f'--num_samples={10**14}'], 'memory'),
+    ('temperature_negative', None, 'sample.py', [*SAMPLE, '--temperature=-1'], '--temperature=-1.0: must be 0 or more'),
+    ('out_dir_missing', None, 'sample.py', [*SAMPLE, '--out_dir=elsewhere'], 'there is no elsewhere/ckpt.pt: train first, or check'),
+    ('no_best', drop('out/ckpt_best.pt'), 'sample.py', [*SAMPLE, '--ckpt=ckpt_best.pt'], 'there is no out/ckpt_best.pt'),
+]
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+def files_in(folder):
+    """Every file below a folder, but for Python's own -> {path: content}."""
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and '__pycache__' not in path.parts}
+
+
+def copy_scripts(folder):
+    """The repository's scripts, copied: a prepare.py writes beside itself, if it writes when it should not."""
+    for path in (*REPO.glob('*.py'), *(REPO / 'data').rglob('*.py')):
+        target = folder / 'copied' / path.relative_to(REPO)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder / 'copied'
+
+
+def check(folder, name, prepare, script, arguments, words, env=None):
+    if prepare:
+        prepare(folder)
+    where = copy_scripts(folder) if script.startswith('data/') else REPO
+    before = files_in(folder)
+    result = run_forked(where / script, *arguments, cwd=folder, **(env or {}))
+    assert result.returncode == 2, f'{result.stdout}\n{result.stderr}'
+    assert 'Traceback' not in result.stdout + result.stderr
+    assert result.stderr.startswith('error: ') and result.stderr.endswith('\n') and len(result.stderr.splitlines()) == 1, result.stderr
+    assert words in result.stderr
+    after = files_in(folder)
+    assert not (folder / 'executed').exists(), 'code from a data file was executed'
+    assert {path: after.get(path) for path in before} == before, 'a file has changed'
+    assert not [path for path in after if path not in before], 'a mistake left a file behind'
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A workspace in which train.py has made 8 updates; cases get a copy of it."""
+    workspace = tmp_path_factory.mktemp('trained')
+    write_data(workspace / 'data' / 'tiny')
+    run_ok('train.py', *TINY, cwd=workspace)
+    assert (workspace / 'out' / OPTIMIZER).exists() and (workspace / 'out' / 'ckpt_best.pt').exists()
+    return workspace
+
+
+@pytest.mark.parametrize('case', FRESH, ids=lambda case: case[0])
+def test_mistakes(workspace, case):
+    check(workspace, *case)
+
+
+@pytest.mark.parametrize('case', TRAINED, ids=lambda case: case[0])
+def test_mistakes_with_a_run(trained, tmp_path, case):
+    check(shutil.copytree(trained, tmp_path / 'copy'), *case)
+
+
+def test_no_consent_to_code(workspace):
+    """transformers offers to run the code beside a model; a y on standard input, piped in or typed, must not reach it."""
+    put('hf/config.json', {'model_type': 'other', 'auto_map': {'AutoConfig': 'other.Other'}})(workspace)
+    put('hf/other.py', 'open("executed", "w")\nclass Other: pass\n')(workspace)
+    result = subprocess.run([sys.executable, str(REPO / 'sample.py'), '--init_from=hf', '--device=cpu'], cwd=workspace, input='y\n',
+                            env=environment(HF_HOME=str(workspace / 'home')), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert 'cannot load the pretrained model hf' in result.stderr
+    assert not (workspace / 'executed').exists(), 'code from a data file was executed'
+
+
+def test_diverging(workspace):
+    """A learning rate far too high ends the run in one line, too, and nothing broken is saved."""
+    result = run('train.py', *TINY, '--learning_rate=1e30', '--min_lr=1e30', cwd=workspace)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert 'lower --learning_rate' in result.stderr
+    assert not list((workspace / 'out').glob('*.pt'))
