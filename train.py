@@ -29,7 +29,7 @@ from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
 from metrics import NoLog, RunLog
 from model import GPT, GPTConfig
-from optim import learning_rate_at, load_optimizer_state, make_optimizer, snapshot, update_ratio
+from optim import learning_rate_at, load_optimizer_state, make_optimizer, update_ratio
 from runtime import (
     Ranks,
     StopSignal,
@@ -256,7 +256,7 @@ if eval_only:
 
 # --- the loop -------------------------------------------------------------------------------------------------------------
 parameters = list(raw_model.parameters())
-watched = list(raw_model.transformer.h[len(raw_model.transformer.h) // 2].parameters())  # one layer's updates stand for all
+watched = raw_model.transformer.h[len(raw_model.transformer.h) // 2].attn.c_proj.weight  # one matrix, in the middle, stands for all
 flops_per_iter = raw_model.flops_per_token() * tokens_per_iter
 peak = peak_flops(device, dtype)
 skipped = 0  # updates in a row that were not finite
@@ -313,7 +313,7 @@ while True:
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()  # waits for the device: a sync point
     finite = math.isfinite(norm)  # the same on all ranks, and not so if any loss is not
     logging = iter_num % log_interval == 0
-    before = snapshot(watched) if logging else None
+    before = watched.detach().clone() if logging else None
     if finite:
         scaler.step(optimizer)
     scaler.update()

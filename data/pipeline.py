@@ -129,7 +129,8 @@ def write_dataset(out_dir, documents, kind, val_fraction=0.1):
         for split, row in ids.items():
             write_file(os.path.join(out_dir, f'{split}.bin'), row.astype(dtype).tobytes())
         write_file(os.path.join(out_dir, 'meta.json'), description.encode())
-    print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, vocabulary of {tokenizer.vocab_size:,}')
+    print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
+          f'vocabulary of {tokenizer.vocab_size:,}')
 
 
 def encode_gpt2(tokenizer, texts, split, end_of_text):
