@@ -64,7 +64,7 @@ seed_all(seed)
 # --- model, data, optimizer -------------------------------------------------------------------------------------------
 with user_errors(ValueError):
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
-optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95), device.type)
+optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 data_dir = os.path.join('data', dataset)
 if real_data and not os.path.exists(os.path.join(data_dir, 'train.bin')):
@@ -90,7 +90,7 @@ def step(batch):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss.item()
 
 

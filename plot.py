@@ -52,18 +52,18 @@ for n, folder in enumerate(folders):
     evaluations = [r for r in records if None not in (r.get('train/loss'), r.get('val/loss'))]
     if not updates and not evaluations:
         raise UserError(f'{os.path.join(folder, FILE)} holds no losses yet: train on')
-    label, color = os.path.basename(os.path.normpath(folder)), f'C{n}'
+    label, color = f'{os.path.basename(os.path.normpath(folder))}, ' if len(folders) > 1 else '', f'C{n}'
     if x == 'seconds':
         seconds = training_seconds(updates)
         update_x, evaluation_x = seconds, [seconds_at(r['iter'], updates, seconds) for r in evaluations]
     else:
         update_x, evaluation_x = [r['iter'] for r in updates], [r['iter'] for r in evaluations]
-    axes.plot(update_x, [r['loss'] for r in updates], color=color, alpha=0.3, linewidth=0.8, label=f'{label}, each batch')
+    axes.plot(update_x, [r['loss'] for r in updates], color=color, alpha=0.3, linewidth=0.8, label=f'{label}batch of each logged update')
     if evaluations:
         best = min(r['val/loss'] for r in evaluations)
-        axes.plot(evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'{label}, train')
+        axes.plot(evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'{label}train')
         axes.plot(evaluation_x, [r['val/loss'] for r in evaluations], color=color, marker='o', markersize=3,
-                  label=f'{label}, val (lowest {best:.4f})')
+                  label=f'{label}val (lowest {best:.4f})')
 axes.set_xlabel('updates' if x == 'iter' else 'training time (s)')
 axes.set_ylabel('loss (nats a token)')
 axes.set_title(title, parse_math=False)

@@ -29,7 +29,7 @@ from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
 from metrics import NoLog, RunLog
 from model import GPT, GPTConfig
-from optim import learning_rate_at, load_optimizer_state, make_optimizer, update_ratio
+from optim import learning_rate_at, make_optimizer, update_ratio
 from runtime import (
     Ranks,
     StopSignal,
@@ -170,12 +170,12 @@ x, y = batches.next()
 model.to(device)
 
 # --- optimizer ------------------------------------------------------------------------------------------------------------
-optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), device.type)
+optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
     with user_errors(ValueError, where=f'the optimizer state of {out_dir}/{LATEST}: '):
-        load_optimizer_state(optimizer, buffers['optimizer'])
+        optimizer.load_state_dict(buffers['optimizer'])
     if scaler.is_enabled() and buffers.get('scaler'):
         scaler.load_state_dict(buffers['scaler'])
 
@@ -317,7 +317,7 @@ while True:
     if finite:
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     watch.lap('optimizer')
 
     # log

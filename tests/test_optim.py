@@ -1,11 +1,12 @@
 """Schedule, groups, AdamW and the state it leaves."""
+import copy
 
 import pytest
 import torch
 from conftest import SHARED  # noqa: F401
 
 from model import GPT, GPTConfig
-from optim import learning_rate_at, load_optimizer_state, make_optimizer, update_ratio
+from optim import learning_rate_at, make_optimizer, update_ratio
 
 
 def tiny_model(n_layer=2):
@@ -24,7 +25,7 @@ def test_schedule():
 
 def test_every_parameter_in_one_group():
     model = tiny_model()
-    decayed, plain = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), 'cpu').param_groups
+    decayed, plain = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert {id(p) for p in decayed['params']} | {id(p) for p in plain['params']} == {id(p) for p in model.parameters()}
     assert len(decayed['params']) + len(plain['params']) == len(list(model.parameters()))
     assert decayed['weight_decay'] == 0.1 and plain['weight_decay'] == 0
@@ -34,7 +35,7 @@ def test_every_parameter_in_one_group():
 def test_steps_are_adamw():
     """Three steps against Loshchilov and Hutter's algorithm 2, in float64."""
     model = tiny_model()
-    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95), 'cpu')
+    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95))
     expected = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
     for step in range(1, 4):
         ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
@@ -51,18 +52,47 @@ def test_steps_are_adamw():
         torch.testing.assert_close(p.detach().double(), expected[name][0], rtol=1e-4, atol=2e-5)
 
 
+def test_bits_and_state_are_those_of_torch():
+    """The same weights to the last bit as torch.optim.AdamW's, and each loads the other's state."""
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer = make_optimizer(ours, 1e-2, 0.1, (0.9, 0.95))
+    groups = [[p for p in theirs.parameters() if p.dim() >= 2], [p for p in theirs.parameters() if p.dim() < 2]]
+    reference = torch.optim.AdamW([{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))],
+                                  lr=1e-2, betas=(0.9, 0.95), fused=True)
+
+    def step(model, optimizer, seed):
+        ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed))
+        model(ids, ids.roll(-1, 1))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def same():
+        return all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+    for seed in range(3):
+        step(ours, optimizer, seed)
+        step(theirs, reference, seed)
+        assert same()
+    optimizer.load_state_dict(reference.state_dict())
+    mine = copy.deepcopy(optimizer.state_dict())  # torch keeps what it is given
+    reference.load_state_dict({'state': mine['state'], 'param_groups': reference.state_dict()['param_groups']})
+    step(ours, optimizer, 9)
+    step(theirs, reference, 9)
+    assert same()
+
+
 def test_loaded_state_keeps_this_runs_hyperparameters():
     model = tiny_model()
-    old, new = (make_optimizer(model, rate, decay, (0.9, 0.95), 'cpu') for rate, decay in ((1e-3, 0.1), (5e-4, 0.2)))
+    old, new = (make_optimizer(model, rate, decay, (0.9, 0.95)) for rate, decay in ((1e-3, 0.1), (5e-4, 0.2)))
     ids = torch.randint(11, (2, 8))
     model(ids, ids)[1].backward()
     old.step()
-    load_optimizer_state(new, old.state_dict())
+    new.load_state_dict(old.state_dict())
     assert new.param_groups[0]['weight_decay'] == 0.2 and new.param_groups[0]['lr'] == 5e-4
     for p in model.parameters():
-        assert torch.equal(new.state[p]['exp_avg'], old.state[p]['exp_avg'])
+        assert torch.equal(new.state[p]['exp_avg'], old.state[p]['exp_avg']) and new.state[p]['step'] == 1
     with pytest.raises(ValueError, match='groups'):
-        load_optimizer_state(make_optimizer(tiny_model(3), 1e-3, 0.1, (0.9, 0.95), 'cpu'), old.state_dict())
+        make_optimizer(tiny_model(3), 1e-3, 0.1, (0.9, 0.95)).load_state_dict(old.state_dict())
 
 
 def test_update_ratio():
