@@ -67,7 +67,7 @@ with user_errors(ValueError):
 optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 data_dir = os.path.join('data', dataset)
-if real_data and not os.path.exists(os.path.join(data_dir, 'train.bin')):
+if real_data and not any(os.path.exists(os.path.join(data_dir, name)) for name in ('train.bin', 'train_000.bin')):
     print(f'{data_dir} is not prepared, timing on random ids')
     real_data = False
 if real_data:

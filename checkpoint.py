@@ -9,6 +9,7 @@ it the previous save is whole, after it the new one is. Random state needs no sa
 """
 import dataclasses
 import glob
+import math
 import os
 import shutil
 import warnings
@@ -42,6 +43,10 @@ def write_atomically(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + '.tmp', path)
+    if os.name == 'posix':  # a rename is durable, and in order, once its folder is flushed
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save_checkpoint(out_dir, state, optimizer_state, is_best):
@@ -51,12 +56,11 @@ def save_checkpoint(out_dir, state, optimizer_state, is_best):
     folder is gone; the previous save is then untouched.
     """
     name = f'ckpt_optimizer_{state["iter_num"]:08d}.pt'
-    state = {**state, 'optimizer_file': name}
     with user_errors(OSError, RuntimeError, where=f'cannot save to {out_dir}, the save before this one is still whole: '):
         write_atomically(os.path.join(out_dir, name), optimizer_state)
         if is_best:
             write_atomically(os.path.join(out_dir, BEST), state)
-        write_atomically(os.path.join(out_dir, LATEST), state)
+        write_atomically(os.path.join(out_dir, LATEST), {**state, 'optimizer_file': name})
         for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_optimizer_*')):
             if os.path.basename(path) != name:
                 os.remove(path)
@@ -133,6 +137,11 @@ def load_checkpoint(path):
             raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
     with user_errors(ValueError, TypeError, where=f'{path} is not a sound checkpoint: '):
         checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
+        if math.isnan(checkpoint['best_val_loss']):
+            raise ValueError('its best_val_loss is not a number')
+        values = (*checkpoint['config'].values(), *checkpoint['model_args'].values())
+        if not all(isinstance(value, (int, float, str, type(None))) for value in values):
+            raise ValueError('its config or model_args hold more than numbers and texts')
         checkpoint.setdefault('best_iter', checkpoint['iter_num'])
         if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:
             raise ValueError('its iter_num or best_iter counts no updates')
@@ -182,7 +191,7 @@ def load_optimizer_buffers(checkpoint, out_dir):
     else:
         name = checkpoint.get('optimizer_file')
         if not isinstance(name, str) or os.path.basename(name) != name:
-            raise UserError(f'{out_dir}/{LATEST} names no optimizer file, so it cannot be resumed')
+            raise UserError(f'{out_dir}/{LATEST} names no optimizer file, so it cannot be resumed: it is a {BEST}, or no {LATEST} of ours')
         saved = load_data(os.path.join(out_dir, name))
     optimizer = saved.get('optimizer') if isinstance(saved, dict) else None
     if not isinstance(optimizer, dict) or not {'state', 'param_groups'} <= optimizer.keys():
@@ -248,4 +257,9 @@ def pretrained_tokenizer(name, vocab_size):
     if os.path.exists(path):
         with user_errors(OSError, ValueError, where=f'cannot read {path}: '), open(path, encoding='utf-8') as file:
             return {'kind': 'tokenizers', 'json': file.read()}
+    vocabulary, merges = os.path.join(name, 'vocab.json'), os.path.join(name, 'merges.txt')
+    if os.path.exists(vocabulary) and os.path.exists(merges):  # how older models store the same
+        from tokenizers import ByteLevelBPETokenizer
+        with user_errors(Exception, where=f'cannot read {vocabulary} and {merges}: '):  # the library raises plain Exception
+            return {'kind': 'tokenizers', 'json': ByteLevelBPETokenizer(vocabulary, merges).to_str()}
     return GPT2_SPEC if vocab_size >= GPT2_VOCAB_SIZE else None

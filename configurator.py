@@ -147,6 +147,8 @@ def check_type(key, value, defaults, where):
         return value
     if type(default) is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
+    if type(default) is int and type(value) is float and value.is_integer():
+        return int(value)  # 6e5 updates
     expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[type(default)]
     raise UserError(f'{where}: {key} must be {expected}, not {value!r}')
 
@@ -169,9 +171,10 @@ def report_uncaught(kind, error, traceback):
     """sys.excepthook: a UserError, or running out of memory, is one line and exit status 2; the rest keeps its traceback."""
     if kind is KeyboardInterrupt:
         sys.exit(130)  # the shell's status for a program that Ctrl-C ended
-    if kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError) or 'DefaultCPUAllocator' in str(error):
-        error = UserError(f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the '
-                          f'global batch), --block_size or the model ({one_line(str(error), 120)})')
+    text = str(error)
+    if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and ('out of memory' in text or 'DefaultCPUAllocator' in text):
+        error = UserError(f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
+                          f'--num_samples, --block_size or the size of the model ({one_line(text, 120)})')
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, traceback)
     rank = os.environ.get('RANK', '0')

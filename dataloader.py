@@ -143,11 +143,14 @@ class TrainBatches:
         self.micro_batches, self.seed, self.order = micro_batches, seed, order
         self.ranks, self.device = ranks, device
         self.step, self.micro = step, ranks.rank  # what next() takes next
-        self.epoch, self.epoch_starts = None, None
+        self.cached_step, self.cached_starts = None, None
+        self.epochs = {}  # the orders of the last two epochs: a step may end one and begin the next
 
     def next(self):
         """The next micro-batch of this rank -> x, y: int64 (batch_size, block_size) on the device, y one token further."""
-        starts = self.window_starts(self.step)[self.micro * self.batch_size:][:self.batch_size]
+        if self.step != self.cached_step:
+            self.cached_step, self.cached_starts = self.step, self.window_starts(self.step)
+        starts = self.cached_starts[self.micro * self.batch_size:][:self.batch_size]
         self.micro += self.ranks.world_size
         if self.micro >= self.micro_batches:
             self.step, self.micro = self.step + 1, self.ranks.rank
@@ -159,16 +162,21 @@ class TrainBatches:
         if self.order == 'random':
             return random_words(size, self.seed, step) % np.uint64(len(self.tokens) - self.block_size)
         n_windows = max(1, len(self.tokens) // self.block_size - 1)  # fit at any offset up to a window's length
-        positions = range(step * size, (step + 1) * size)
-        return np.array([self.shuffled_starts(p // n_windows, n_windows)[p % n_windows] for p in positions])
+        starts, position, end = [], step * size, (step + 1) * size
+        while position < end:
+            epoch, first = divmod(position, n_windows)
+            starts.append(self.shuffled_starts(epoch, n_windows)[first:first + end - position])
+            position += len(starts[-1])
+        return np.concatenate(starts)
 
     def shuffled_starts(self, epoch, n_windows):
-        """Offsets of an epoch's windows in its order -> int array (n_windows,), kept until another epoch is asked for."""
-        if epoch != self.epoch:
+        """Offsets of an epoch's windows in its order -> int array (n_windows,)."""
+        if epoch not in self.epochs:
             words = random_words(n_windows + 1, self.seed, epoch, 1)
             offset = int(words[-1]) % min(self.block_size, len(self.tokens) - n_windows * self.block_size)
-            self.epoch, self.epoch_starts = epoch, np.argsort(words[:-1], kind='stable') * self.block_size + offset
-        return self.epoch_starts
+            starts = np.argsort(words[:-1], kind='stable') * self.block_size + offset
+            self.epochs = {e: order for e, order in self.epochs.items() if e == epoch - 1} | {epoch: starts}
+        return self.epochs[epoch]
 
 
 def eval_batches(tokens, block_size, batch_size, n_batches, ranks, device):

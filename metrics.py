@@ -15,23 +15,20 @@ FILE = 'metrics.jsonl'
 class RunLog:
     """The log of the one rank that writes. `wandb_id` names the wandb run, so that a resumed run continues it."""
 
-    wandb_id = None
-
-    def __init__(self, out_dir, config, resumed_at=None, wandb_id=None):
-        """resumed_at: the update at which a resumed run goes on; records from there on are dropped, they will come again.
-        wandb_id: of the wandb run to continue. Raises UserError if wandb is wanted and not installed, or fails to start."""
+    def __init__(self, out_dir, wandb_run=None, resumed_at=None, evaluated_at=None):
+        """wandb_run: from start_wandb, or None. resumed_at: the update at which a resumed run goes on, evaluated_at: its last
+        evaluation; later records are dropped, they will come again. Raises UserError if the file cannot be written."""
         path = os.path.join(out_dir, FILE)
         with user_errors(OSError, where=f'cannot write {path}: '):
             if resumed_at is not None and os.path.exists(path):
-                records = [record for record in read_metrics(path) if record['iter'] < resumed_at]
+                records = [record for record in read_metrics(path)
+                           if (record['iter'] <= evaluated_at if 'val/loss' in record else record['iter'] < resumed_at)]
                 with open(path + '.tmp', 'w', encoding='utf-8') as file:
                     file.writelines(to_json(record) + '\n' for record in records)
                 os.replace(path + '.tmp', path)
             self.file = open(path, 'a', encoding='utf-8', buffering=1)  # every line reaches the file at once
-        self.wandb = None
-        if config['wandb_log']:
-            self.wandb = start_wandb(config, wandb_id)
-            self.wandb_id = self.wandb.id
+        self.wandb = wandb_run
+        self.wandb_id = wandb_run.id if wandb_run else None
 
     def update(self, record):
         """Report one update."""
@@ -49,7 +46,7 @@ class RunLog:
     def write(self, record):
         self.file.write(to_json(record) + '\n')
         if self.wandb:
-            self.wandb.log({key: value for key, value in record.items() if value is not None})
+            self.wandb.log({key: value for key, value in record.items() if value is not None}, step=record['iter'])
 
     def close(self):
         self.file.close()
@@ -58,7 +55,7 @@ class RunLog:
 
 
 class NoLog:
-    """The log of the ranks that only compute."""
+    """The log of the ranks that only compute, and of a run that only evaluates."""
 
     wandb_id = None
 

@@ -30,8 +30,9 @@ class AdamW:
             steps, means, squares = ([buffer[name] for buffer in buffers] for name in ('step', 'exp_avg', 'exp_avg_sq'))
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group['betas']
-            torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group['lr'], beta1=beta1, beta2=beta2,
-                                weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False)
+            torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group['lr'],
+                                beta1=beta1, beta2=beta2, weight_decay=group['weight_decay'], eps=group['eps'],
+                                amsgrad=False, maximize=False)
 
     def zero_grad(self):
         """Forget the gradients and give their memory back."""
@@ -55,6 +56,8 @@ class AdamW:
         counts, ours = ([len(group['params']) for group in some] for some in (groups, self.param_groups))
         if counts != ours:
             raise ValueError(f'it is of groups of {counts} parameters, the model has {ours}')
+        if not set(state) <= set(range(sum(counts))):
+            raise ValueError('it has buffers of parameters that the model does not have')
         for number, p in enumerate(self.parameters()):
             buffers = state.get(number, {'step': torch.tensor(0.0), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)})
             if not isinstance(buffers, dict) or not self.state[p].keys() <= buffers.keys():

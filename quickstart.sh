@@ -18,7 +18,8 @@ for argument in "$@"; do
         --*=*) train_arguments+=("$argument") ;;
         -*) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
         *) [ -e "$argument" ] || fail "there is no file or folder $argument"
-           input=$(cd "$(dirname "$argument")" && pwd)/$(basename "$argument") ;;
+           if [ -d "$argument" ]; then input=$(cd "$argument" && pwd)
+           else input=$(cd "$(dirname "$argument")" && pwd)/$(basename "$argument"); fi ;;
     esac
 done
 cd "$(dirname "$0")"
@@ -32,7 +33,7 @@ if ! cmp -s requirements.txt $venv/installed.txt; then
     done
     [ "$python" ] || fail "SAMgpt needs Python 3.10 or later: install it, then run this again"
     echo "== installing requirements.txt into $venv, once ($("$python" --version))"
-    [ -x $venv/bin/python ] || "$python" -m venv $venv || fail "cannot make $venv; on Debian and Ubuntu: apt install python3-venv"
+    $venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear $venv || fail "cannot make $venv; on Debian and Ubuntu: apt install python3-venv"
     $venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt || fail "pip could not install requirements.txt, see above"
     cp requirements.txt $venv/installed.txt
 fi
@@ -42,14 +43,12 @@ python=$venv/bin/python
 # --- text ---
 if [ "$input" ]; then
     name=$(basename "$input"); name=${name%.*}; name=${name#.}
+    [ "$name" ] && [ "$name" != / ] || fail "$input has no name that a data set could take: copy the text to one"
     dataset=text/$name
-    fingerprint() { if [ -e "data/$dataset/train.bin" ]; then cksum < "data/$dataset/train.bin"; fi; }
-    before=$(fingerprint)
     echo "== preparing $input"
     $python data/text/prepare.py --input="$input" --name="$name"
-    after=$(fingerprint)
 else
-    dataset=shakespeare_char before= after=
+    dataset=shakespeare_char
     if [ ! -e data/$dataset/meta.json ]; then
         echo "== preparing Tiny Shakespeare"
         if ! $python data/$dataset/prepare.py; then
@@ -63,7 +62,9 @@ fi
 # --- train, sample, plot ---
 out=out-quickstart-$(basename "$dataset")
 init_from=scratch
-if [ -e "$out/ckpt.pt" ] && [ "$before" = "$after" ]; then init_from=resume; fi
+fingerprint=$(cat "data/$dataset/"{train.bin,val.bin,meta.json} | cksum)
+if [ -e "$out/ckpt.pt" ] && [ "$(cat "$out/data.cksum" 2>/dev/null)" = "$fingerprint" ]; then init_from=resume; fi
+mkdir -p "$out" && echo "$fingerprint" > "$out/data.cksum"  # resume on the same text only
 echo "== training on data/$dataset, into $out"
 $python train.py config/quickstart.py --dataset="$dataset" --out_dir="$out" --init_from=$init_from ${train_arguments[@]+"${train_arguments[@]}"}
 echo "== samples"

@@ -1,5 +1,7 @@
 """Where a run happens: device, precision, ranks, seeds, compilation, signals, and what the device could do at best."""
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -15,32 +17,38 @@ from configurator import UserError, one_line, user_errors
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Peak dense TFLOP/s by device name, from the makers' data sheets: (bfloat16 or float16, float32 by way of TF32 where the
-# device has it). The first name that occurs in the device's own name counts, so longer names stand before their prefixes.
+# device has it). A name counts where it stands as whole words in the device's own name, and the longest such does; a device of
+# a VARIANT that is not in the table is another one.
 PEAK_TFLOPS = {
     'B200': (2250, 1125), 'GH200': (989, 494), 'H200': (989, 494), 'H100 NVL': (835, 417), 'H100 PCIe': (756, 378), 'H100': (989, 494),
     'A100': (312, 156), 'A30': (165, 82), 'A10G': (70, 35), 'A10': (125, 62), 'L40S': (362, 183), 'L40': (181, 90), 'L4': (121, 60),
     'V100': (125, 15.7), 'T4': (65, 8.1), 'RTX 6000 Ada': (364, 182), 'RTX A6000': (155, 77),
     'RTX 5090': (209, 105), 'RTX 4090': (165, 83), 'RTX 3090': (71, 36),
 }
+VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
 
 
 # --- device and precision ---------------------------------------------------------------------------------------------
 
-def pick_device(name, local_rank=0):
+def pick_device(name, ranks=None):
     """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device; plain 'cuda' is this rank's own GPU.
 
     Raises UserError for a device that torch does not know or that this machine does not have.
     """
+    several = ranks is not None and ranks.world_size > 1
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        mps = torch.backends.mps.is_available() and not several  # no backend connects ranks on it
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f'--device={name}: unknown device; use auto, cpu, cuda, cuda:N or mps') from error
     if device.type not in ('cpu', 'cuda', 'mps'):
         raise UserError(f'--device={name}: not supported; use auto, cpu, cuda, cuda:N or mps')
+    if several and (device.type == 'mps' or device.index is not None):
+        raise UserError(f'--device={name}: cannot be shared by several ranks; use auto, cpu or cuda')
     if device.type == 'cuda':
-        index = local_rank if device.index is None else device.index
+        index = device.index if device.index is not None else ranks.local_rank if ranks else 0
         if not torch.cuda.is_available():
             raise UserError(f'--device={name}: torch {torch.__version__} sees no CUDA device here; use --device=auto or --device=cpu')
         if index >= torch.cuda.device_count():
@@ -77,11 +85,19 @@ def autocast(device, dtype):
 
 def peak_flops(device, dtype):
     """FLOP/s that the device reaches at best in dense matrix products of this dtype; None where it is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    for known, (half, single) in PEAK_TFLOPS.items():
-        if known in name:
-            return 1e12 * (single if dtype == torch.float32 else half)
-    return None
+    if device.type != 'cuda':
+        return None
+    return named_peak_flops(torch.cuda.get_device_name(device), dtype)
+
+
+def named_peak_flops(name, dtype):
+    """peak_flops by the name that CUDA gives a device, such as 'NVIDIA H100 80GB HBM3'."""
+    matches = [known for known in PEAK_TFLOPS if re.search(rf'(?<![A-Za-z0-9]){known}(?![A-Za-z0-9])', name)]
+    known = max(matches, key=len, default=None)
+    if known is None or VARIANTS.search(name) or (known in ('V100', 'T4') and dtype == torch.bfloat16):  # those emulate bfloat16
+        return None
+    half, single = PEAK_TFLOPS[known]
+    return 1e12 * (single if dtype == torch.float32 else half)
 
 
 def use_fast_float32(device):
@@ -184,7 +200,7 @@ def compile_or_stay_eager(model, trial):
     try:
         model.compile()
         trial()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # of any kind: it comes from compilers, linkers, drivers
         print(f'warning: torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})',
@@ -202,6 +218,16 @@ class StopSignal:
         self.received = None
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.handle)
+
+    def resume_command(self, ranks):
+        """The command that continues this run: the one that started it, with --init_from=resume."""
+        arguments = [sys.argv[0], *(argument for argument in sys.argv[1:] if not argument.startswith('--init_from=')), '--init_from=resume']
+        if ranks.world_size == 1:
+            python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
+            return shlex.join([python, *arguments])
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', ranks.world_size))
+        nodes = '--standalone' if local == ranks.world_size else f'--nnodes={ranks.world_size // local} ...'
+        return f'torchrun {nodes} --nproc_per_node={local} {shlex.join(arguments)}'
 
     def handle(self, signum, frame):
         self.received = signal.Signals(signum)

@@ -67,7 +67,8 @@ idx = torch.tensor(prompt, dtype=torch.long, device=device).expand(num_samples, 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 if compile:
-    compile_or_stay_eager(model, lambda: model(idx))
+    with torch.no_grad(), autocast(device, dtype):
+        compile_or_stay_eager(model, lambda: model(idx[:, -model.config.block_size:]))
 seed_all(seed)
 with autocast(device, dtype):
     samples = model.generate(idx, max_new_tokens, temperature, top_k, vocab_size=tokenizer.vocab_size)

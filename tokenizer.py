@@ -102,8 +102,9 @@ class HuggingFaceTokenizer:
 
 def spec_vocab_size(spec):
     """Vocabulary size of a checked spec, without loading the tokenizer where that can be avoided."""
-    return {'char': lambda: len(spec['chars']), 'gpt2': lambda: GPT2_VOCAB_SIZE}.get(
-        spec['kind'], lambda: load_tokenizer(spec).vocab_size)()
+    if spec['kind'] == 'char':
+        return len(spec['chars'])
+    return GPT2_VOCAB_SIZE if spec['kind'] == 'gpt2' else load_tokenizer(spec).vocab_size
 
 
 def check_spec(spec):

@@ -7,14 +7,15 @@ After any stop:     the same command and --init_from=resume
 """
 import math
 import os
-import shlex
 import signal
 import sys
+from contextlib import nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (
+    BEST,
     LATEST,
     load_checkpoint,
     load_optimizer_buffers,
@@ -27,7 +28,7 @@ from checkpoint import (
 )
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
-from metrics import NoLog, RunLog
+from metrics import NoLog, RunLog, start_wandb
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer, update_ratio
 from runtime import (
@@ -102,18 +103,17 @@ require(config, lambda v: v in ('random', 'shuffle'), "'random' or 'shuffle'", '
 # --- device and ranks -----------------------------------------------------------------------------------------------------
 watch = Stopwatch()
 ranks = find_ranks()
-if gradient_accumulation_steps % ranks.world_size:
+if gradient_accumulation_steps % ranks.world_size and not eval_only:
     w = ranks.world_size
     lower = gradient_accumulation_steps // w * w
     raise UserError(f'--gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided among {w} ranks: use '
                     f'{f"{lower} or " if lower else ""}{lower + w}')
 local_accumulation_steps = gradient_accumulation_steps // ranks.world_size
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-device = pick_device(device, ranks.local_rank)
+device = pick_device(device, ranks)
 dtype = pick_dtype(dtype, device)
 join_ranks(backend, device, ranks)
 use_fast_float32(device)
-stop = StopSignal()
 
 
 def say(*words):
@@ -131,7 +131,8 @@ with user_errors(ValueError, where=f'{data_dir}/meta: '):
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) for split in ('train', 'val'))
 
 # --- model ----------------------------------------------------------------------------------------------------------------
-iter_num, best_val_loss, best_iter, resumed = 0, math.inf, 0, None  # iter_num counts the updates made
+iter_num, best_val_loss, best_iter, evaluated_at = 0, math.inf, 0, -1  # iter_num counts the updates made
+resumed = None  # the checkpoint to go on from
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
 seed_all(seed)
 if init_from == 'scratch':
@@ -148,12 +149,18 @@ elif init_from == 'resume':
     if resumed.get('tokenizer') not in (None, tokenizer):
         raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
     model = restore_model(resumed, path, dropout)
-    iter_num, best_val_loss, best_iter = resumed['iter_num'], resumed['best_val_loss'], resumed['best_iter']
+    iter_num, evaluated_at = resumed['iter_num'], resumed.get('evaluated_at', -1)
+    if os.path.exists(os.path.join(out_dir, BEST)):
+        best_val_loss, best_iter = resumed['best_val_loss'], resumed['best_iter']
+    else:
+        best_iter = iter_num  # nanoGPT's runs have no such file: the best is what the next evaluation finds
 else:
-    model, _ = load_pretrained(init_from, dropout)
+    model, pretrained_tokenizer = load_pretrained(init_from, dropout)
+    if pretrained_tokenizer and tokenizer and tokenizer['kind'] == 'char':
+        raise UserError(f'{data_dir} is in characters, {init_from} knows BPE tokens: choose a --dataset in its encoding')
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
-    elif block_size > model.config.block_size:
+    elif block_size > model.config.block_size and 'block_size' in config.given:
         raise UserError(f'--block_size={block_size}: {init_from} has {model.config.block_size} positions, use at most that')
 config.update({key: getattr(model.config, key) for key in SHAPE})
 block_size = model.config.block_size
@@ -174,49 +181,54 @@ optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
-    with user_errors(ValueError, where=f'the optimizer state of {out_dir}/{LATEST}: '):
+    with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state of {out_dir}/{LATEST}: '):
         optimizer.load_state_dict(buffers['optimizer'])
-    if scaler.is_enabled() and buffers.get('scaler'):
-        scaler.load_state_dict(buffers['scaler'])
-
-# --- output ---------------------------------------------------------------------------------------------------------------
-if resumed and iter_num >= max_iters and not eval_only:
+        if scaler.is_enabled() and buffers.get('scaler'):
+            scaler.load_state_dict(buffers['scaler'])
+    del buffers, resumed['model']  # else they stay in memory to the end
+    resumed.pop('optimizer', None)
+if resumed and evaluated_at == iter_num >= max_iters and not eval_only:
     say(f'nothing to do: this run has made its {iter_num} updates; to go on, raise --max_iters')
     leave_ranks(ranks)
     sys.exit(0)
-log = NoLog()
-if ranks.is_main and not eval_only:
-    prepare_out_dir(out_dir)
-    aside = None if resumed else set_aside(out_dir)
-    if aside:
-        say(f'{out_dir} holds an earlier run, moved to {aside}')
-    log = RunLog(out_dir, config, iter_num if resumed else None, resumed.get('wandb_id') if resumed else None)
 
 # --- compile and wrap -----------------------------------------------------------------------------------------------------
 say(f'{model.num_params():,} parameters, {tokens_per_iter:,} tokens an update, {len(train_tokens):,} to train on; '
     f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}')
+raw_model = model  # what is evaluated and saved: without the ranks' wrapper
+if ranks.world_size > 1:
+    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 
 
 def try_once():
     """One forward and backward, and one evaluation, with nothing learned from them: makes the compiler do its work."""
     x, y = next(eval_batches(val_tokens, block_size, batch_size, 1, Ranks(), device))
-    for training in (False,) if eval_only else (True, False):
-        model.train(training)
-        with torch.set_grad_enabled(training), autocast(device, dtype):
-            loss = model(x, y)[1]
-        if training:
-            scaler.scale(loss / local_accumulation_steps).backward()
-    model.zero_grad(set_to_none=True)
+    if not eval_only:
+        raw_model.train()
+        with model.no_sync() if ranks.world_size > 1 else nullcontext(), autocast(device, dtype):
+            scaler.scale(model(x, y)[1] / local_accumulation_steps).backward()
+        raw_model.zero_grad(set_to_none=True)
+    raw_model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        raw_model(x, y)
 
 
 watch.lap('start')
 if compile:
     say('compiling the model, this can take a minute (--compile=False goes without) ...')
-    compile_or_stay_eager(model, try_once)
+    compile_or_stay_eager(raw_model, try_once)  # in place, and tried inside the wrapper, which then overlaps backward and exchange
     watch.lap('compilation')
-raw_model = model  # what is evaluated and saved: without the ranks' wrapper
-if ranks.world_size > 1:
-    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+
+# --- output ---------------------------------------------------------------------------------------------------------------
+stop = None if eval_only else StopSignal()  # an evaluation alone has nothing to save
+log = NoLog()
+if ranks.is_main and not eval_only:
+    prepare_out_dir(out_dir)
+    wandb_run = start_wandb(config, resumed.get('wandb_id') if resumed else None) if wandb_log else None
+    aside = None if resumed else set_aside(out_dir)  # last, when little is left that could fail before the first update
+    if aside:
+        say(f'{out_dir} holds an earlier run, moved to {aside}')
+    log = RunLog(out_dir, wandb_run, iter_num if resumed else None, evaluated_at)
 
 
 @torch.no_grad()
@@ -230,7 +242,7 @@ def evaluate():
             with autocast(device, dtype):
                 losses.append(raw_model(x, y)[1])
             counts.append((y >= 0).sum())
-            if stop.received:
+            if stop and stop.received:
                 break  # the numbers will not count
         total = sum(loss.item() * count.item() for loss, count in zip(losses, counts))
         total, count = ranks.sum([total, float(sum(count.item() for count in counts))], device)
@@ -243,8 +255,11 @@ def save(is_best=False):
     """Write the whole state of the run; see checkpoint.py for why a crash at any moment is harmless."""
     if not ranks.is_main:
         return
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise UserError(f'the weights are not finite after {iter_num} updates, nothing was saved: lower --learning_rate, and go on from '
+                        'the last save with --init_from=resume')
     state = {**model_entry(raw_model), 'config': dict(config), 'tokenizer': tokenizer, 'iter_num': iter_num,
-             'best_val_loss': best_val_loss, 'best_iter': best_iter, 'wandb_id': log.wandb_id}
+             'best_val_loss': best_val_loss, 'best_iter': best_iter, 'evaluated_at': evaluated_at, 'wandb_id': log.wandb_id}
     save_checkpoint(out_dir, state, {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}, is_best)
 
 
@@ -268,24 +283,25 @@ watch.lap('start')
 while True:
     # evaluate and save when due
     stopping = stop.on_any(ranks, device) and not skipped  # weights whose gradient is not finite are not worth saving
-    finished = iter_num >= max_iters
-    if not stopping and (iter_num % eval_interval == 0 or finished):
+    due = (iter_num % eval_interval == 0 or iter_num >= max_iters) and evaluated_at != iter_num
+    is_best = False
+    if due and not stopping:
         losses = evaluate()
         watch.lap('evaluation')
         if stop.on_any(ranks, device):  # a signal cuts an evaluation short, and its numbers do not count
-            stopping = not skipped
+            due, stopping = False, not skipped
         else:
             if not math.isfinite(losses['val']):
                 raise UserError(f'the validation loss is {losses["val"]} after {iter_num} updates: lower --learning_rate, or use '
                                 '--dtype=float32; nothing was saved from here on')
             log.evaluation({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val']})
-            is_best = losses['val'] < best_val_loss
+            evaluated_at, is_best = iter_num, losses['val'] < best_val_loss
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num
-            finished = finished or 0 < patience * eval_interval <= iter_num - best_iter
-            if finished or iter_num > 0 and (is_best or always_save_checkpoint):
-                save(is_best)
-            watch.lap('saving')
+    finished = iter_num >= max_iters or 0 < patience * eval_interval <= iter_num - best_iter
+    if stopping or due and (is_best or always_save_checkpoint or finished):
+        save(is_best)
+        watch.lap('saving')
     if stopping or finished:
         break
 
@@ -311,9 +327,10 @@ while True:
     # clip and step; an update that is not finite is skipped
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()  # waits for the device: a sync point
-    finite = math.isfinite(norm)  # the same on all ranks, and not so if any loss is not
-    logging = iter_num % log_interval == 0
-    before = watched.detach().clone() if logging else None
+    mean_loss = ranks.sum([loss_sum.item()], device)[0] / ranks.world_size
+    finite = math.isfinite(norm) and math.isfinite(mean_loss)  # the same on all ranks
+    log_due = iter_num % log_interval == 0
+    before = watched.detach().clone() if log_due else None
     if finite:
         scaler.step(optimizer)
     scaler.update()
@@ -328,11 +345,11 @@ while True:
     clipped += grad_clip > 0 and norm > grad_clip
     unlogged += 1
     iter_num += 1
-    if logging:
+    if log_due:
         seconds = watch.total('forward', 'data', 'backward', 'optimizer')  # evaluation, saving and logging stay out of it
         time_per_iter, logged_seconds = (seconds - logged_seconds) / unlogged, seconds
         log.update({
-            'iter': iter_num - 1, 'loss': ranks.sum([float(loss_sum)], device)[0] / ranks.world_size, 'lr': lr,
+            'iter': iter_num - 1, 'loss': mean_loss, 'lr': lr,
             'time_ms': 1000 * time_per_iter, 'tokens_per_s': tokens_per_iter / time_per_iter,
             'mfu': flops_per_iter / time_per_iter / (peak * ranks.world_size) if peak else None,
             'grad_norm': norm, 'clipped': clipped / unlogged, 'update_ratio': update_ratio(watched, before), 'skipped': skipped,
@@ -342,15 +359,10 @@ while True:
         watch.lap('logging')
 
 # --- the end --------------------------------------------------------------------------------------------------------------
-if stopping:
-    save()
-watch.lap('saving')
 log.close()
 say('time: ' + ', '.join(f'{name} {seconds:.1f}s' for name, seconds in watch.seconds.items()))
 leave_ranks(ranks)
 if stopping:
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--init_from=')]
-    launcher = 'python' if ranks.world_size == 1 else 'torchrun (as before)'
-    say(f'stopped after {iter_num} updates, all saved; to go on: {launcher} train.py {shlex.join(arguments + ["--init_from=resume"])}')
+    say(f'stopped after {iter_num} updates, all saved; to go on: {stop.resume_command(ranks)}')
     sys.exit(128 + (stop.received or signal.SIGTERM))  # the shell's status for a program that a signal ended
 say(f'done: {iter_num} updates, best validation loss {best_val_loss:.4f} after {best_iter}; saved in {out_dir}')

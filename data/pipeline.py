@@ -17,8 +17,10 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def download(url, path, sha256, tries=3, timeout=10):
     """Fetch url to path unless it is there already, with a progress bar; the file appears only once it is whole and its
     SHA-256 is right. timeout: seconds of silence that end a try. Raises UserError when every try has failed."""
-    if os.path.exists(path) and file_sha256(path) == sha256:
-        return
+    if os.path.exists(path):
+        if file_sha256(path) == sha256:
+            return
+        raise UserError(f'{path} is there already and is not what {url} holds: move it away, or give it as --input={path}')
     try:
         import requests
     except ImportError as error:

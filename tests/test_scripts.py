@@ -205,8 +205,10 @@ def test_download(tmp_path, monkeypatch):
     pipeline.download(url, path, right)
     assert Flaky.calls == calls, 'what is there is not fetched again'
     with pytest.raises(UserError, match='checksum'):
+        pipeline.download(url, path + '2', '0' * 64)
+    with pytest.raises(UserError, match='there already'):
         pipeline.download(url, path, '0' * 64)
-    assert (tmp_path / 'input.txt').read_bytes() == Flaky.content
+    assert os.listdir(tmp_path) == ['input.txt'] and (tmp_path / 'input.txt').read_bytes() == Flaky.content
     server.shutdown()
 
 

@@ -15,6 +15,7 @@ from nanogpt_reference import ReferenceGPT
 
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig
+from runtime import named_peak_flops
 
 DROPOUT = '--dropout=0.2'
 
@@ -135,8 +136,7 @@ def test_best_and_latest(workspace):
     assert best['iter'] < 6
     latest = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
     assert latest['iter_num'] == 6 and latest['best_val_loss'] == pytest.approx(best['val/loss'], rel=1e-6)
-    if best['iter'] > 0:
-        assert load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))['iter_num'] == best['iter']
+    assert load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))['iter_num'] == best['iter']
 
 
 def test_early_stopping(workspace):
@@ -156,11 +156,11 @@ def test_signals_save_and_tell_how_to_go_on(workspace, signum):
             break
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and not errors
-    command = re.search(r'to go on: python (.*)', output).group(1).split()
-    assert command[0] == 'train.py' and command[-1] == '--init_from=resume'
+    command = re.search(r'to go on: (.*)', output).group(1).split()
+    assert command[0] == sys.executable and command[1].endswith('train.py') and command[-1] == '--init_from=resume'
     stopped = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num']
     assert stopped > 20
-    run_ok('train.py', *command[1:], f'--max_iters={stopped + 3}', cwd=workspace)
+    run_ok('train.py', *command[2:], f'--max_iters={stopped + 3}', cwd=workspace)
     run_ok('train.py', *common, f'--max_iters={stopped + 3}', '--out_dir=whole', cwd=workspace)
     assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
     assert [r['iter'] for r in metrics(workspace / 'out')[0]] == list(range(stopped + 3))
@@ -175,7 +175,7 @@ def test_torchrun_passes_signals_on(workspace):
             process.terminate()
             break
     output = process.communicate(timeout=60)[0]
-    assert 'all saved; to go on: torchrun' in output
+    assert 'all saved; to go on: torchrun --standalone --nproc_per_node=2 ' in output
     assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] > 20
 
 
@@ -301,7 +301,7 @@ def test_wandb_continues_the_same_run(workspace):
     (workspace / 'wandb.py').write_text(
         'import json, uuid\n'
         'class Run:\n'
-        '    def log(self, record): note(record)\n'
+        '    def log(self, record, step): note(record)\n'
         '    def finish(self): note("finished")\n'
         'def note(x): open("wandb.txt", "a").write(json.dumps(x) + "\\n")\n'
         'def init(id=None, resume=None, project=None, name=None, config=None):\n'
@@ -315,6 +315,51 @@ def test_wandb_continues_the_same_run(workspace):
     sent = [note for note in notes if isinstance(note, dict)]
     assert [r['iter'] for r in sent if 'loss' in r] == list(range(8))
     assert [r['loss'] for r in sent if 'loss' in r] == pytest.approx([r['loss'] for r in metrics(workspace / 'out')[0]], rel=1e-6)
+
+
+def test_ruined_weights_are_never_saved(workspace):
+    """Told to stop right after an update with a finite gradient that ruined the weights, the run ends without a save."""
+    run_forked_ok('train.py', *TINY, '--max_iters=2', cwd=workspace)
+    result = run_forked('train.py', *TINY, '--init_from=resume', '--max_iters=3', '--eval_interval=3', '--learning_rate=1e39',
+                        '--decay_lr=False', '--grad_clip=0', cwd=workspace)
+    assert result.returncode == 2 and 'not finite' in result.stderr or 'validation loss is' in result.stderr
+    assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] == 2
+
+
+def test_a_final_evaluation_that_was_missed_is_made_up(workspace):
+    """As when a signal came in its middle: everything is saved, the evaluation is not made."""
+    run_forked_ok('train.py', *TINY, '--max_iters=7', cwd=workspace)
+    path = workspace / 'out' / 'ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint['evaluated_at'] == 7
+    torch.save({**checkpoint, 'evaluated_at': 4}, path)
+    before = metrics(workspace / 'out')
+    output = run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
+    assert 'step 7: ' in output and metrics(workspace / 'out') == before
+    assert 'nothing to do' in run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--max_iters=9', '--init_from=resume', cwd=workspace)
+    assert [r['iter'] for r in metrics(workspace / 'out')[1]] == [0, 4, 7, 8, 9]
+
+
+def test_interrupted_evaluation_prints_no_result(workspace):
+    arguments = [*TINY, '--eval_only=True', '--eval_iters=100000', '--batch_size=1', '--block_size=1']
+    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *arguments], cwd=workspace, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert 'parameters' in process.stdout.readline()
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and 'val loss' not in output
+
+
+@pytest.mark.parametrize('name, dtype, expected', [
+    ('NVIDIA H100 80GB HBM3', torch.bfloat16, 989e12), ('NVIDIA H100 PCIe', torch.bfloat16, 756e12), ('NVIDIA H200', torch.float32, 494e12),
+    ('NVIDIA A100-SXM4-80GB', torch.float16, 312e12), ('NVIDIA A10G', torch.bfloat16, 70e12), ('Tesla T4', torch.float16, 65e12),
+    ('Tesla T4', torch.bfloat16, None), ('NVIDIA RTX A1000', torch.bfloat16, None), ('NVIDIA GeForce RTX 4090', torch.bfloat16, 165e12),
+    ('NVIDIA GeForce RTX 4090 Laptop GPU', torch.bfloat16, None), ('NVIDIA GeForce RTX 3090 Ti', torch.bfloat16, None),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', torch.bfloat16, None), ('NVIDIA T400', torch.float16, None), ('Unknown', torch.float32, None),
+])
+def test_peak_flops_by_name(name, dtype, expected):
+    assert named_peak_flops(name, dtype) == expected
 
 
 def test_a_signal_during_divergence_saves_nothing_bad(workspace):

@@ -36,7 +36,7 @@ def manual():
 
 
 def docstrings():
-    """Every docstring in the modules and packages of the standard library, in the order of their paths."""
+    """The docstrings of modules, classes and functions in the standard library's top two levels, in the order of their paths."""
     paths = glob.glob(os.path.join(STDLIB, '*.py')) + glob.glob(os.path.join(STDLIB, '[a-z]*', '*.py'))
     for path in sorted(paths):
         if os.path.basename(os.path.dirname(path)) not in ('test', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'pydoc_data'):
