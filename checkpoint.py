@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import warnings
+from logging import getLogger
 
 import torch
 
@@ -221,7 +222,9 @@ def load_pretrained(name, dropout=0.0):
     except ImportError as error:
         raise UserError(f'--init_from={name} needs the package transformers: pip install transformers') from error
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    getLogger('huggingface_hub').setLevel('CRITICAL')  # one line in the end, not one a retry
+    if os.path.isdir(name):
+        logging.disable_progress_bar()  # of a download it stays
     try:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if hf_config.model_type != 'gpt2':
