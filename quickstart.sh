@@ -71,4 +71,4 @@ echo "== samples"
 $python sample.py --out_dir="$out" --ckpt=ckpt_best.pt --num_samples=3 --max_new_tokens=300
 $python plot.py --runs="$out" --output="$out/loss.png" --title="SAMgpt on $(basename "$dataset")"
 echo "== done. More text from this model:"
-echo "   $python sample.py --out_dir=$out --ckpt=ckpt_best.pt --start='Once '"
+echo "   $python sample.py --out_dir='$out' --ckpt=ckpt_best.pt --start='Once '"
