@@ -144,8 +144,11 @@ def load_checkpoint(path):
         if not all(isinstance(value, (int, float, str, type(None))) for value in values):
             raise ValueError('its config or model_args hold more than numbers and texts')
         checkpoint.setdefault('best_iter', checkpoint['iter_num'])
+        checkpoint.setdefault('evaluated_at', -1)  # the update at which it was last evaluated; -1: not known
         if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:
             raise ValueError('its iter_num or best_iter counts no updates')
+        if type(checkpoint['evaluated_at']) is not int:
+            raise ValueError('its evaluated_at counts no updates')
         if not all(isinstance(name, str) for name in checkpoint['model']):
             raise ValueError('its weights have no names')
         if checkpoint.get('tokenizer') is not None:

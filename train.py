@@ -149,7 +149,7 @@ elif init_from == 'resume':
     if resumed.get('tokenizer') not in (None, tokenizer):
         raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
     model = restore_model(resumed, path, dropout)
-    iter_num, evaluated_at = resumed['iter_num'], resumed.get('evaluated_at', -1)
+    iter_num, evaluated_at = resumed['iter_num'], resumed['evaluated_at']
     if os.path.exists(os.path.join(out_dir, BEST)):
         best_val_loss, best_iter = resumed['best_val_loss'], resumed['best_iter']
     else:

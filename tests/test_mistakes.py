@@ -233,6 +233,7 @@ TRAINED = [  # the same, and a run of 8 updates in out/
     ('forged_iter_num', forge(lambda s: s.update(iter_num=-3)), 'train.py', RESUME, 'out/ckpt.pt'),
     ('forged_best_val_loss', forge(lambda s: s.update(best_val_loss=None)), 'train.py', RESUME, 'out/ckpt.pt'),
     ('forged_best_iter', forge(lambda s: s.update(best_iter='x')), 'train.py', [*RESUME, '--patience=1'], 'out/ckpt.pt'),
+    ('forged_evaluated_at', forge(lambda s: s.update(evaluated_at='x')), 'train.py', RESUME, 'out/ckpt.pt'),
     ('forged_tokenizer', forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': ''})), 'sample.py', SAMPLE,
      'out/ckpt.pt is not a sound checkpoint: a char'),
     ('tokenizer_of_other_size', forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': CHARS + 'ABC'})), 'sample.py', SAMPLE,
