@@ -1,9 +1,13 @@
-"""Time a training step: milliseconds, tokens a second, the share of the device's peak, memory.
+"""Time a training step, or the drawing of text.
 
-    python bench.py                                                    GPT-2 124M at block 1024, batch 12
+    python bench.py                                                    a step of GPT-2 124M at block 1024, batch 12
     python bench.py --profile=True                                     and which operators cost most, with a trace to look at
     python bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --dataset=shakespeare_char
+    python bench.py --mode=decode                                      tokens a second of GPT-2 124M, one text and ten at once
+    python bench.py --mode=decode --baseline=transformers              and in turns with Hugging Face's generate()
+    python bench.py --mode=decode --quantize=int8
 """
+import copy
 import math
 import os
 import statistics
@@ -11,14 +15,18 @@ import time
 
 import torch
 
+from checkpoint import to_hugging_face
 from configurator import configure, require, user_errors
 from dataloader import Tokens, TrainBatches, read_meta
+from generation import Sample, Sampling, generate, window_start
 from model import GPT, GPTConfig
 from optim import make_optimizer
+from packing import pack
 from runtime import (
     Ranks,
     autocast,
     compile_or_stay_eager,
+    decoding_options,
     peak_flops,
     peak_memory,
     pick_device,
@@ -28,6 +36,7 @@ from runtime import (
     use_fast_float32,
 )
 
+mode = 'train'  # 'train': a training step; 'decode': drawing text
 batch_size = 12  # windows in a step
 block_size = 1024  # tokens in a window
 n_layer = 12  # transformer layers
@@ -46,90 +55,217 @@ trace_file = 'trace.json'  # the profile's trace, for ui.perfetto.dev or chrome:
 seed = 1337  # of weights and data
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = True  # compile the model
+compile = True  # compile the training step; for drawing text the default is False
+num_samples = 10  # decode: texts in the larger batch
+prompt_tokens = 64  # decode: length of the prompt
+max_new_tokens = 100  # decode: tokens to draw for each text
+rounds = 5  # decode: times that everything is measured, in turns
+quantize = ''  # decode: 'int8': 8-bit weights on a CPU
+baseline = ''  # decode: also time 'transformers', Hugging Face's generate(), or 'recompute', the whole context for each token
 config = configure(globals())
 
-require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'vocab_size', 'max_iters')
+require(config, lambda v: v in ('train', 'decode'), 'train or decode', 'mode')
+require(config, lambda v: v in ('', 'transformers', 'recompute'), 'transformers or recompute', 'baseline')
+require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'vocab_size', 'max_iters', 'num_samples', 'prompt_tokens',
+        'rounds')
+require(config, lambda v: v >= 2, 'at least 2', 'max_new_tokens')
 require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_iters', 'max_seconds', 'seed')
 
-if profile:
-    with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
-        pass  # found out before the time is spent
 
-device = pick_device(device)
-dtype = pick_dtype(dtype, device)
-use_fast_float32(device)
-seed_all(seed)
+def bench_training(device, dtype):
+    """Time training steps, print their median; profile some if asked to."""
+    if profile:
+        with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
+            pass  # found out before the time is spent
+    seed_all(seed)
+    with user_errors(ValueError):
+        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
+    optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    next_batch = make_batches(device)
 
-# --- model, data, optimizer -------------------------------------------------------------------------------------------
-with user_errors(ValueError):
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
-optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
-scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-data_dir = os.path.join('data', dataset)
-if real_data and not any(os.path.exists(os.path.join(data_dir, name)) for name in ('train.bin', 'train_000.bin')):
-    print(f'{data_dir} is not prepared, timing on random ids')
-    real_data = False
-if real_data:
-    tokens = Tokens(data_dir, 'train', read_meta(data_dir), vocab_size)
-    next_batch = TrainBatches(tokens, block_size, batch_size, 1, seed, 'random', Ranks(), device).next
-else:
-    random_batch = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
+    def step(batch):
+        """One update on the batch, waited for -> its loss, a float."""
+        with autocast(device, dtype):
+            loss = model(*batch)[1]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.item()
 
-    def next_batch():
-        """The same random ids every time: (B, T) inputs and (B, T) targets."""
-        return random_batch[0], random_batch[1]
-
-
-def step(batch):
-    """One update on the batch, waited for -> its loss, a float."""
-    with autocast(device, dtype):
-        loss = model(*batch)[1]
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
-print(f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}',
-      flush=True)
-model.train()
-if compile:
-    print('compiling ...', flush=True)
-    start = time.perf_counter()
-    compile_or_stay_eager(model, lambda: step(next_batch()))
-    print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
-for n in range(warmup_iters):
-    print(f'warm-up {n + 1}/{warmup_iters}: loss {step(next_batch()):.4f}', flush=True)
-synchronize(device)
-times = []
-while len(times) < max_iters and (not times or sum(times) < max_seconds):
-    start = time.perf_counter()
-    loss = step(next_batch())
+    print(f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}',
+          flush=True)
+    model.train()
+    if compile:
+        print('compiling ...', flush=True)
+        start = time.perf_counter()
+        compile_or_stay_eager(model, lambda: step(next_batch()))
+        print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
+    for n in range(warmup_iters):
+        print(f'warm-up {n + 1}/{warmup_iters}: loss {step(next_batch()):.4f}', flush=True)
     synchronize(device)
-    times.append(time.perf_counter() - start)
-    print(f'{len(times)}/{max_iters}: loss {loss:.4f}, time {1000 * times[-1]:.2f}ms', flush=True)
+    times = []
+    while len(times) < max_iters and (not times or sum(times) < max_seconds):
+        start = time.perf_counter()
+        loss = step(next_batch())
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+        print(f'{len(times)}/{max_iters}: loss {loss:.4f}, time {1000 * times[-1]:.2f}ms', flush=True)
 
-median = statistics.median(times)
-peak = peak_flops(device, dtype)
-flops = model.flops_per_token() * batch_size * block_size / median
-print(f'time per step: median {1000 * median:.2f}ms, from {1000 * min(times):.2f} to {1000 * max(times):.2f} '
-      f'over {len(times)} steps')
-mfu = f'{100 * flops / peak:.1f}%' if peak else 'unknown'
-print(f'{batch_size * block_size / median:,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s, mfu {mfu}, '
-      f'peak memory {peak_memory(device) / 2**20:,.0f} MiB')
+    median = statistics.median(times)
+    peak = peak_flops(device, dtype)
+    flops = model.flops_per_token() * batch_size * block_size / median
+    print(f'time per step: median {1000 * median:.2f}ms, from {1000 * min(times):.2f} to {1000 * max(times):.2f} '
+          f'over {len(times)} steps')
+    mfu = f'{100 * flops / peak:.1f}%' if peak else 'unknown'
+    print(f'{batch_size * block_size / median:,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+          f'peak memory {peak_memory(device) / 2**20:,.0f} MiB')
+    if profile:
+        write_profile(device, lambda: step(next_batch()))
 
-# --- profile ----------------------------------------------------------------------------------------------------------
-if profile:
+
+def make_batches(device):
+    """A function that returns the next batch, (B, T) inputs and (B, T) targets: of the data set, or the same random ids."""
+    data_dir = os.path.join('data', dataset)
+    if real_data and any(os.path.exists(os.path.join(data_dir, name)) for name in ('train.bin', 'train_000.bin')):
+        tokens = Tokens(data_dir, 'train', read_meta(data_dir), vocab_size)
+        return TrainBatches(tokens, block_size, batch_size, 1, seed, 'random', Ranks(), device).next
+    if real_data:
+        print(f'{data_dir} is not prepared, timing on random ids')
+    batch = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
+    return lambda: (batch[0], batch[1])
+
+
+def write_profile(device, step):
+    """Profile three calls of step: print the costliest operators, write the trace."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == 'cuda')
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(3):
-            step(next_batch())
+            step()
     column = f'self_{"device" if device.type == "cuda" else "cpu"}_time_total'
     print(profiler.key_averages().table(sort_by=column, row_limit=15, max_name_column_width=50))
     profiler.export_chrome_trace(trace_file)
     print(f'wrote {trace_file}, for ui.perfetto.dev or chrome://tracing')
+
+
+def bench_decoding(device, dtype):
+    """Time drawing one text and num_samples texts after one prompt, in turns with the baseline and with bare reading of memory.
+
+    Random weights, the likeliest token each time. The memory-bound limit: drawing a token reads every matrix once, and the keys
+    and values of every text in the batch; at the speed at which the device sums up as many bytes, that takes so long.
+    """
+    with user_errors(ValueError):
+        model_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)
+    seed_all(seed)
+    model = GPT(model_config).eval()
+    prompt = torch.randint(vocab_size, (prompt_tokens,)).tolist()
+    rivals = {'': None}
+    if baseline:
+        rivals[baseline] = make_rival(model, device, dtype)
+    parameters = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    width = 1 if quantize else dtype.itemsize  # bytes
+    model.to(device)
+    pack(model, device, dtype, quantize)
+    print(f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
+          f'{device.type}, {quantize or str(dtype).removeprefix("torch.")}', flush=True)
+
+    def draw(n):
+        """n texts -> (seconds to the first token, seconds in all, ids of the first text)."""
+        start = time.perf_counter()
+        samples = [Sample(prompt, (seed, i)) for i in range(n)]
+        with autocast(device, dtype):
+            tokens = generate(model, samples, max_new_tokens, Sampling(temperature=0), static=static)
+            next(tokens)
+            first = time.perf_counter() - start
+            for _ in tokens:
+                pass
+        return first, time.perf_counter() - start, samples[0].ids
+
+    static = compile and 'compile' in config.given
+    if static:
+        print('compiling ...', flush=True)
+        static = compile_or_stay_eager(model, lambda: (draw(1), draw(num_samples)), **decoding_options(device))
+    source = torch.ones(parameters * width // 4, device=device)
+
+    def read():
+        """Seconds to read as many bytes as the matrices have."""
+        start = time.perf_counter()
+        source.sum().item()
+        return time.perf_counter() - start
+
+    runs, bandwidths, ids = {}, [], {}
+    for n in range(-1, rounds):  # the first round warms up
+        bandwidth = source.nbytes / statistics.median(read() for _ in range(5))
+        for name, rival in rivals.items():
+            for size in dict.fromkeys((1, num_samples)):
+                first, total, ids[name, size] = rival(prompt, size) if rival else draw(size)
+                if n >= 0:
+                    runs.setdefault((name, size), []).append((first, total))
+        if n < 0:
+            memory = peak_memory(device) if not baseline else None
+            continue
+        bandwidths.append(bandwidth)
+        print(f'round {n + 1}/{rounds}: ' + ', '.join(
+            f'{name + " " if name else ""}batch {size} {size * max_new_tokens / times[-1][1]:.1f} tokens/s'
+            for (name, size), times in runs.items()) + f', memory {bandwidth / 1e9:.1f} GB/s', flush=True)
+
+    bandwidth = statistics.median(bandwidths)
+    for (name, size), times in runs.items():
+        first, total = (statistics.median(column) for column in zip(*times))
+        rates = sorted(size * max_new_tokens / t for _, t in times)
+        line = f'{name or "here"}, batch {size}: {size * max_new_tokens / total:.1f} tokens/s in all ({rates[0]:.1f} to {rates[-1]:.1f})'
+        if name != 'transformers':
+            after = size * (max_new_tokens - 1) / (total - first)
+            line += f', {after:.1f} after the first, which comes after {1000 * first:.0f}ms ({prompt_tokens / first:,.0f} prompt tokens/s)'
+        if not name:
+            lengths = [n - window_start(n, block_size) for n in range(prompt_tokens + 1, prompt_tokens + max_new_tokens)]
+            cached = 2 * n_layer * n_embd * dtype.itemsize * sum(lengths) / len(lengths)  # bytes a text, on average
+            limit = size * bandwidth / (parameters * width + size * cached)
+            line += f', {100 * after / limit:.0f}% of the {limit:.1f} that memory allows'
+        print(line)
+    for size in dict.fromkeys((1, num_samples)):
+        ours, theirs = (statistics.median(total for _, total in runs[name, size]) for name in ('', baseline))
+        if baseline:
+            print(f'batch {size}: {theirs / ours:.2f} times as fast as {baseline}, '
+                  f'{"the same tokens" if ids["", size] == ids[baseline, size] else "other tokens"}')
+    print(f'memory reads {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})'
+          + (f', peak memory {memory / 2**20:,.0f} MiB' if memory else ''))
+
+
+def make_rival(model, device, dtype):
+    """A function (prompt, n) -> (seconds, seconds, ids) that draws n texts from the same weights in the way of the baseline."""
+    if baseline == 'recompute':
+        plain = copy.deepcopy(model).to(device)
+
+        def draw(prompt, n):
+            start, firsts = time.perf_counter(), []
+            for _ in range(n):
+                idx = torch.tensor([prompt], device=device)
+                with torch.no_grad(), autocast(device, dtype):
+                    for _ in range(max_new_tokens):
+                        logits = plain(idx[:, -block_size:])[0][:, -1]
+                        idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
+                        firsts.append(time.perf_counter() - start)
+            ids = idx[0, len(prompt):].tolist()
+            return firsts[0], time.perf_counter() - start, ids
+        return draw
+    hf_model = to_hugging_face(model).to(device, dtype)
+
+    def draw_hf(prompt, n):
+        start = time.perf_counter()
+        idx = torch.tensor([prompt] * n, device=device)
+        with torch.no_grad():
+            out = hf_model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens,
+                                    do_sample=False, pad_token_id=0)
+        ids = out[0, len(prompt):].tolist()
+        return math.nan, time.perf_counter() - start, ids
+    return draw_hf
+
+
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+use_fast_float32(device)
+bench_training(device, dtype) if mode == 'train' else bench_decoding(device, dtype)

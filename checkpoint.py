@@ -16,6 +16,7 @@ import warnings
 from logging import getLogger
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from configurator import UserError, one_line, user_errors
 from model import GPT, GPTConfig
@@ -178,13 +179,28 @@ def restore_model(checkpoint, path, dropout=None):
             raise ValueError('some of them are not tensors of numbers')
         if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
             raise ValueError('some of them claim to be larger than they are')
-        with torch.device('meta'):
-            model = GPT(GPTConfig(**args))
+        model = skeleton(GPTConfig(**args))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     model.tie_weights()
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f'{path}: some of its weights are not finite numbers; use another checkpoint')
     return model
+
+
+class NoInit(TorchFunctionMode):
+    """Where torch.nn.init would fill a tensor, leaves it: on the meta device that costs an import of the compiler, 1.5 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, '__module__', '') == 'torch.nn.init':
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def skeleton(config):
+    """A GPT whose parameters have shapes but no memory, to be given weights by load_state_dict(..., assign=True)."""
+    with torch.device('meta'), NoInit():
+        return GPT(config)
 
 
 def load_optimizer_buffers(checkpoint, out_dir):
@@ -250,11 +266,31 @@ def load_pretrained(name, dropout=0.0):
                        vocab_size=hf_config.vocab_size, block_size=hf_config.n_positions, mlp=HF_ACTIVATIONS[hf_config.activation_function])
     weights = {key: weight.t().contiguous() if key.endswith(TRANSPOSED) else weight
                for key, weight in hf_model.state_dict().items() if not key.endswith(('.attn.bias', '.attn.masked_bias'))}
-    with torch.device('meta'):
-        model = GPT(config)
+    model = skeleton(config)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model, pretrained_tokenizer(name, config.vocab_size)
+
+
+def to_hugging_face(model):
+    """A GPT -> transformers' GPT2LMHeadModel with the same weights, in eval mode. UserError if transformers is not installed."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise UserError('this needs the package transformers: pip install transformers') from error
+    config = model.config
+    hf_model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
+        activation_function={ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}[config.mlp],
+        bos_token_id=None, eos_token_id=None)).eval()
+    weights = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in hf_model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name].t() if name.endswith(TRANSPOSED) else weights[name])
+            else:
+                parameter.zero_()  # a bias that our model is without
+    return hf_model
 
 
 def pretrained_tokenizer(name, vocab_size):

@@ -5,7 +5,8 @@ A script lists its settings as module globals in lower case, each with a comment
     config = configure(globals())
 
 so that `python train.py config/small.py --batch_size=32` first runs config/small.py, then sets batch_size. Arguments
-apply from left to right, the last one wins. `--help` prints every setting with its default and its comment.
+apply from left to right, the last one wins; a setting that is a tuple of texts grows by one with each `--key=text`, and
+`--key=` empties it. `--help` prints every setting with its default and its comment.
 """
 import ast
 import difflib
@@ -17,7 +18,7 @@ import tokenize
 from contextlib import contextmanager
 from types import ModuleType
 
-SETTING_TYPES = (bool, int, float, str, type(None))
+SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 
 
 class UserError(Exception):
@@ -70,7 +71,7 @@ def configure(settings, argv=None):
     values, given = dict(defaults), set()
     for argument in argv:
         if argument.startswith('--'):
-            assigned = parse_argument(argument, defaults)
+            assigned = parse_argument(argument, defaults, values)
         else:
             assigned = run_config_file(argument, {**settings, **values}, defaults)
         values.update(assigned)
@@ -86,14 +87,16 @@ def require(config, test, rule, *keys):
             raise UserError(f'--{key}={config[key]}: must be {rule}')
 
 
-def parse_argument(argument, defaults):
-    """'--key=value' -> {key: value}, the value read as the type of the key's default."""
+def parse_argument(argument, defaults, values):
+    """'--key=value' -> {key: value}, the value read as the type of the key's default; `values` are the settings so far."""
     key, equals, text = argument[2:].partition('=')
     check_known(key, defaults, argument)
     if not equals:
         raise UserError(f'{argument}: write it as --{key}=VALUE')
     if isinstance(defaults[key], str):
         return {key: text}  # text stays text, even if it looks like a number
+    if isinstance(defaults[key], tuple):
+        return {key: values[key] + (text,) if text else ()}
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -143,13 +146,16 @@ def check_known(key, defaults, where, hint=''):
 def check_type(key, value, defaults, where):
     """The value, widened to the type of the key's default; UserError where the two do not fit."""
     default = defaults[key]
-    if default is None or type(value) is type(default):
+    if type(default) is tuple and type(value) in (tuple, list) and all(type(text) is str for text in value):
+        return tuple(text for text in value if text)
+    if default is None or type(default) is not tuple and type(value) is type(default):
         return value
     if type(default) is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():
         return int(value)  # 6e5 updates
-    expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes'}[type(default)]
+    expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes',
+                tuple: 'a tuple of texts'}[type(default)]
     raise UserError(f'{where}: {key} must be {expected}, not {value!r}')
 
 

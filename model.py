@@ -4,6 +4,7 @@ Decoder-only, pre-norm, learned positions, tied embedding and head. Parameter na
 checkpoints load here and ours load there.
 
 Letters in the shape comments:  B batch   T tokens   C width (n_embd)   nh heads   hs head size (C / nh)   V vocabulary
+                                S positions that the cache holds
 """
 import math
 from dataclasses import dataclass
@@ -54,11 +55,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # each (B, nh, T, hs)
-                   for part in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()  # (B, nh, T, hs) each
+        mask = None
+        if cache is not None:  # k and v of everything read so far, S positions of it
+            (k, v), mask = cache.update(layer, k, v), cache.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -87,10 +91,74 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+class KVCache:
+    """Keys and values of the tokens that a batch has read, so that reading one more costs one position, not all of them.
+
+    The token at position p of a row lies in column p; rows may be of different lengths. Call extend(T) before the model reads
+    T more tokens of every row. A row that is given fewer is filled up at the end: what stands there is overwritten before any
+    later token sees it, once `lengths` has been set back to the true number. static=True keeps every shape and address as it is
+    from call to call, which a compiled model wants; attention then passes over the empty columns too.
+    """
+
+    def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
+        shape = (rows, config.n_head, columns, config.n_embd // config.n_head)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+                                  for _ in range(2))  # zeros, as even a masked column must hold a number
+        self.lengths = [0] * rows  # tokens in each row
+        self.row_ids = torch.arange(rows, device=device)[:, None]
+        self.column_ids = torch.arange(columns, device=device)
+        self.static = static
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device) if static else None
+        self.mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device) if static else None
+
+    def extend(self, T):
+        """Reserve the next T columns of every row: sets what the model's next call reads. ValueError if there are too few."""
+        first, end, columns = self.lengths[0], max(self.lengths) + T, len(self.column_ids)
+        if end > columns:
+            raise ValueError(f'{end} tokens do not fit into {columns} columns')
+        if self.static:
+            self.end, self.span = columns, None
+            self.positions.copy_(torch.tensor(self.lengths)[:, None])
+            self.mask.copy_(self.column_ids <= self.positions[:, :, None, None])
+        elif end == min(self.lengths) + T:  # all rows alike: a slice, and no mask unless several tokens follow others
+            self.end, self.span = end, slice(first, end)
+            self.positions = self.column_ids[self.span]
+            self.mask = self.column_ids[:end] <= self.positions[:, None] if first and T > 1 else None  # (T, S)
+        else:
+            self.end, self.span = end, None
+            self.positions = (torch.tensor(self.lengths)[:, None] + torch.arange(T)).to(self.column_ids.device)
+            self.mask = self.column_ids[:end] <= self.positions[:, None, :, None]  # (B, 1, T, S)
+        self.lengths = [length + T for length in self.lengths]
+
+    def update(self, layer, k, v):
+        """Store the keys and values of the new tokens, (B, nh, T, hs) each -> those of all tokens, (B, nh, S, hs) each."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.span is not None:
+            keys[:, :, self.span], values[:, :, self.span] = k, v
+        else:
+            at = (self.row_ids, slice(None), self.positions)  # indexes to (B, T, nh, hs)
+            keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
+        return keys[:, :, :self.end], values[:, :, :self.end]
+
+    def put(self, rows, other, other_rows):
+        """Replace the contents of some rows by rows of another cache: rows[i] by other_rows[i]."""
+        width = len(other.column_ids)
+        for mine, its in zip(self.keys + self.values, other.keys + other.values):
+            mine[rows, :, :width] = its[other_rows]
+        for row, other_row in zip(rows, other_rows):
+            self.lengths[row] = other.lengths[other_row]
+
+    def keep(self, rows):
+        """Forget all rows but these."""
+        self.keys, self.values = ([stored[rows] for stored in layers] for layers in (self.keys, self.values))
+        self.row_ids = self.row_ids[:len(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
 
 
 class GPT(nn.Module):
@@ -129,39 +197,43 @@ class GPT(nn.Module):
             else:
                 nn.init.ones_(parameter)  # normalisation gains
 
-    def forward(self, idx, targets=None):
-        """idx: (B, T) int64 token ids, T <= block_size. targets: (B, T) ids to predict, -1 where there is none.
-
-        Returns (logits, loss). With targets: logits (B, T, V) and the mean cross-entropy in nats, a scalar. Without: logits
-        of the last position only, (B, 1, V), and None. Raises ValueError if T exceeds block_size.
-        """
-        B, T = idx.shape
+    def hidden(self, idx, cache=None):
+        """idx: (B, T) int64 token ids, T <= block_size -> the final hidden states, (B, T, C). With a KVCache, extended by T, idx
+        continues what was read before. Raises ValueError if T exceeds block_size."""
+        T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={self.config.block_size}')
-        positions = torch.arange(T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx, cache: as in hidden(). targets: (B, T) ids to predict, -1 where there is none.
+
+        Returns (logits, loss). With targets: logits (B, T, V) and the mean cross-entropy in nats, a scalar. Without: logits
+        of the last position only, (B, 1, V), and None.
+        """
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, vocab_size=None, generator=None):
-        """Extend each row of idx (B, T), T >= 1, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
+        """Extend each row of idx (B, T), T >= 1, by max_new_tokens drawn tokens -> (B, T + max_new_tokens).
 
-        temperature: divides the logits; 0 takes the likeliest token. top_k: sample among the k likeliest only, None or 0
-        for all. vocab_size: never sample an id at or above it (a padded vocabulary has ids that stand for no text).
-        The model sees the last block_size tokens. Put the model into eval() first, or dropout is sampled from too.
+        What temperature, top_k and the rest of generation.Sampling mean is said there. torch's global generator gives the seed.
+        Put the model into eval() first, or dropout is sampled from too.
         """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])
-            next_id = sample_token(logits[:, -1, :vocab_size].float(), temperature, top_k, generator)
-            idx = torch.cat((idx, next_id), dim=1)
-        return idx
+        from generation import Sample, Sampling, generate  # the room that builds on this one; here for whoever calls it as in nanoGPT
+        samples = [Sample(row, seed=(int(torch.randint(2**62, ())), i)) for i, row in enumerate(idx.tolist())]
+        for _ in generate(self, samples, max_new_tokens, Sampling(temperature, top_k or 0, **sampling)):
+            pass
+        new = torch.tensor([sample.ids for sample in samples], dtype=idx.dtype, device=idx.device)
+        return torch.cat((idx, new.view(len(idx), max_new_tokens)), dim=1)
 
     def num_params(self, non_embedding=True):
         """Number of parameters; those of the position table are not counted unless non_embedding=False."""
@@ -181,13 +253,3 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
 
-
-def sample_token(logits, temperature=1.0, top_k=None, generator=None):
-    """One id a row from logits (B, V) -> (B, 1). temperature 0 takes the likeliest; top_k keeps only the k likeliest."""
-    if temperature < 1e-6:  # so small a divisor would overflow
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        threshold = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)

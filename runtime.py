@@ -191,15 +191,16 @@ def seed_all(*key):
 
 # --- compilation ------------------------------------------------------------------------------------------------------
 
-def compile_or_stay_eager(model, trial):
-    """Compile the model in place if a trial run then works, else leave it as it is, after one line of warning.
+def compile_or_stay_eager(model, trial, **options):
+    """Compile the model in place if a trial run then works, else leave it as it is, after one line of warning -> did it work?
 
     Compilation is lazy: only a trial shows whether this machine has what it needs (a C++ compiler, Triton, a new enough
     Python). trial() must call the model as it is going to be used. Compiled in place, the model keeps its parameters' names.
     """
     try:
-        model.compile()
+        model.compile(**options)
         trial()
+        return True
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # of any kind: it comes from compilers, linkers, drivers
@@ -207,6 +208,12 @@ def compile_or_stay_eager(model, trial):
               file=sys.stderr, flush=True)
         model._compiled_call_impl = None  # where Module.compile() keeps its work; there is no public way to take it back
         model.zero_grad(set_to_none=True)
+        return False
+
+
+def decoding_options(device):
+    """Options of torch.compile for drawing a token at a time: nothing changes shape, so on CUDA the whole step becomes one graph."""
+    return {'dynamic': False, 'mode': 'reduce-overhead' if device.type == 'cuda' else 'default'}
 
 
 # --- signals and time -------------------------------------------------------------------------------------------------

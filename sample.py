@@ -1,34 +1,53 @@
 """Draw text from a trained model.
 
     python sample.py --out_dir=out-shakespeare-char --start="To be, or" --num_samples=3
-    python sample.py --init_from=gpt2 --start=FILE:prompt.txt --max_new_tokens=100
+    python sample.py --init_from=gpt2 --start=FILE:prompt.txt --max_new_tokens=100 --stop="The end"
+    python sample.py --start=LINES:prompts.txt --json=True > texts.jsonl
+    python sample.py --interactive=True
 """
 import os
-
-import torch
+import signal
+import sys
 
 from checkpoint import load_checkpoint, load_pretrained, restore_model
 from configurator import UserError, configure, one_line, require, user_errors
 from dataloader import read_meta
-from runtime import autocast, compile_or_stay_eager, pick_device, pick_dtype, seed_all, use_fast_float32
+from generation import Context, Sample, Sampling, generate
+from packing import pack
+from runtime import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
 from tokenizer import GPT2_SPEC, load_tokenizer, spec_from_meta
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
-start = '\n'  # the prompt, or FILE:path of a UTF-8 file that holds it
-num_samples = 10  # texts to draw
+start = '\n'  # the prompt; or FILE:path of a UTF-8 file that holds it, FILES:path,path of several, LINES:path of one a line
+num_samples = 10  # texts to draw for each prompt
 max_new_tokens = 500  # tokens in each, after the prompt
 temperature = 0.8  # 1: as trained, lower is tamer, higher is wilder; 0: always the likeliest token
 top_k = 200  # draw among so many likeliest tokens only; 0: all
+top_p = 1.0  # draw among the likeliest tokens that together have this probability; 1: all
+min_p = 0.0  # draw among tokens at least so many times as probable as the likeliest; 0: all
+repetition_penalty = 1.0  # above 1: tokens that occurred become less likely
+stop = ()  # --stop=TEXT ends a text before TEXT; may be given several times
+ignore_eos = False  # go on after the end-of-text token
 seed = 1337  # same seed, same text
+batch_size = 32  # texts drawn at once, at most
+stream = True  # show the text while it is drawn; False: each when it is finished
+json = False  # write a JSON object a line for each text: prompt, text, token_ids, log_probs, finish_reason
+interactive = False  # ask for text to continue, again and again
+quantize = ''  # 'int8': 8-bit weights on a CPU, two to three times as fast, for a little quality
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
-dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = False  # compile the model: worth it for many samples only
+dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
+compile = False  # compile the drawing of a token: a minute at first, for long or many texts on a GPU
 config = configure(globals())
 
-require(config, lambda v: v >= 1, 'at least 1', 'num_samples')
-require(config, lambda v: v >= 0, '0 or more', 'max_new_tokens', 'temperature', 'top_k', 'seed')
+require(config, lambda v: v >= 1, 'at least 1', 'num_samples', 'batch_size')
+require(config, lambda v: 0 <= v < float('inf'), '0 or more', 'max_new_tokens', 'temperature', 'top_k', 'seed')
+require(config, lambda v: 0 < v <= 1, 'above 0 and at most 1', 'top_p')
+require(config, lambda v: 0 <= v <= 1, 'from 0 to 1', 'min_p')
+require(config, lambda v: 0 < v < float('inf'), 'above 0', 'repetition_penalty')
+if interactive and json:
+    raise UserError('--interactive=True and --json=True: choose one')
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -52,26 +71,140 @@ with user_errors(ValueError, where='the tokenizer of the model: '):
 if tokenizer.vocab_size > model.config.vocab_size:
     raise UserError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together')
 model.eval().to(device)
+pack(model, device, dtype, quantize)
+sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=tokenizer.vocab_size)
 
-# --- prompt -----------------------------------------------------------------------------------------------------------
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+def read_text(path):
+    """The content of a UTF-8 file."""
+    with user_errors(OSError, UnicodeDecodeError, where=f'cannot read the prompt {path}: '), open(path, encoding='utf-8') as file:
+        return file.read()
+
+
+def encode(text, where):
+    """text -> ids; UserError, led by `where`, if it has characters that the model does not know."""
+    with user_errors(ValueError, where=f'{where}: '):
+        return (tokenizer.encode(text, special=True) if spec == GPT2_SPEC else tokenizer.encode(text)).tolist()
+
+
+def make_sample(prompt, *key):
+    """A Sample that continues the ids, with random numbers of its own for every key."""
+    return Sample(prompt, (seed, *key), tokenizer, stop, None if ignore_eos else tokenizer.end_of_text)
+
+
 if 'start' not in config.given and spec['kind'] == 'char' and start not in spec['chars']:
     start = spec['chars'][0]  # a vocabulary without a line end: begin with some character that it has
-if start.startswith('FILE:'):
-    with user_errors(OSError, UnicodeDecodeError, where=f'cannot read the prompt {start[5:]}: '), open(start[5:], encoding='utf-8') as file:
-        start = file.read()
-with user_errors(ValueError, where=f'--start={one_line(start, 40)}: '):
-    prompt = tokenizer.encode(start, special=True) if spec == GPT2_SPEC else tokenizer.encode(start)
-    if not len(prompt):
-        raise ValueError('the prompt must have at least one token; a line end will do')
-idx = torch.tensor(prompt, dtype=torch.long, device=device).expand(num_samples, -1)  # (B, T)
+kind, _, paths = start.partition(':')
+if kind == 'FILE':
+    prompts = [read_text(paths)]
+elif kind == 'FILES':
+    prompts = [read_text(path) for path in paths.split(',')]
+elif kind == 'LINES':
+    prompts = [line for line in read_text(paths).splitlines() if line]
+else:
+    prompts = [start]
+encoded = [encode(prompt, f'--start={one_line(start, 40)}') for prompt in prompts]
+if not encoded or not all(encoded):
+    raise UserError(f'--start={one_line(start, 40)}: a prompt must have at least one token; a line end will do')
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+if compile:
+    def trial():
+        with autocast(device, dtype):
+            samples = [make_sample(encoded[0]) for _ in range(1 if interactive else min(batch_size, num_samples * len(prompts)))]
+            for _ in generate(model, samples, 2, sampling, static=True):
+                pass
+    compile = compile_or_stay_eager(model, trial, **decoding_options(device))
+
 
 # --- text -------------------------------------------------------------------------------------------------------------
-if compile:
-    with torch.no_grad(), autocast(device, dtype):
-        compile_or_stay_eager(model, lambda: model(idx[:, -model.config.block_size:]))
-seed_all(seed)
+def write(samples):
+    """Draw the samples in one batch and print them in their order, the first that is not finished as it grows."""
+    shown, at = 0, 0  # characters of samples[at] that have been printed
+
+    def show():
+        nonlocal shown, at
+        while at < len(samples):
+            sample = samples[at]
+            if not (stream or sample.finish_reason):
+                return
+            text, end = sample.prompt_text + sample.text, len(sample.prompt_text) + sample.settled()
+            print(text[shown:end], end='', flush=stream)
+            shown = end
+            if not sample.finish_reason:
+                return
+            print('\n---------------', flush=True)
+            shown, at = 0, at + 1
+
+    for _ in generate(model, samples, max_new_tokens, sampling, static=compile):
+        show()
+    for sample in samples:
+        sample.finish('length')  # when there was nothing to draw
+    show()
+
+
+def write_json(samples, prompts):
+    """Draw the samples in one batch and print a JSON object for each."""
+    from json import dumps
+    for _ in generate(model, samples, max_new_tokens, sampling, log_probs=True, static=compile):
+        pass
+    for sample, prompt in zip(samples, prompts):
+        sample.finish('length')
+        print(dumps({'prompt': prompt, 'text': sample.text, 'token_ids': sample.ids, 'log_probs': sample.log_probs,
+                     'finish_reason': sample.finish_reason}, ensure_ascii=False), flush=True)
+
+
+def converse():
+    """Ask for text, continue it, and so on, in one growing context."""
+    print('What you type is continued where it stands; \\n in it is a line end, an empty line lets the model go on.\n'
+          'Ctrl-C stops an answer, Ctrl-D ends.')
+    context, unread, turn = Context(model, 1, model.config.block_size, static=compile), [], 0
+    typed = start if 'start' in config.given else None
+    while True:
+        if typed is None:
+            try:
+                typed = input('> ').replace('\\n', '\n')
+            except KeyboardInterrupt:
+                print('\n(Ctrl-D ends)')
+                continue
+            except EOFError:
+                return print()
+        try:
+            ids = unread + encode(typed, 'this cannot be continued')
+        except UserError as error:
+            print(error, file=sys.stderr)
+            typed = None
+            continue
+        if ids:
+            sample = make_sample(ids, turn)
+            answer(sample, context)
+            unread = [token for token in sample.ids[-1:] if token != tokenizer.end_of_text] if sample.ids else ids
+            turn += 1
+        typed = None
+
+
+def answer(sample, context):
+    """Print the sample as it grows, until it is finished or Ctrl-C is pressed."""
+    interrupted = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    shown = 0
+    try:
+        for _ in generate(model, [sample], max_new_tokens, sampling, context=context, static=compile):
+            if interrupted:
+                sample.finish('interrupted')
+            print(sample.text[shown:sample.settled()], end='', flush=True)
+            shown = sample.settled()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print(flush=True)
+
+
 with autocast(device, dtype):
-    samples = model.generate(idx, max_new_tokens, temperature, top_k, vocab_size=tokenizer.vocab_size)
-for sample in samples.tolist():
-    print(tokenizer.decode(sample))
-    print('---------------')
+    if interactive:
+        converse()
+    else:
+        jobs = [(prompt, make_sample(ids, i)) for prompt, ids in zip(prompts, encoded) for i in range(num_samples)]
+        for first in range(0, len(jobs), batch_size):
+            texts, samples = zip(*jobs[first:first + batch_size])
+            write_json(samples, texts) if json else write(samples)

@@ -12,6 +12,7 @@ GPT2_SPEC = {'kind': 'gpt2'}
 
 class CharTokenizer:
     """One id a character, in the order of `chars`. Decoding what was encoded gives the same text back."""
+    end_of_text = None  # the id that ends a text, where there is one
 
     def __init__(self, chars):
         self.chars = chars
@@ -87,6 +88,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f'not a tokenizer.json of the tokenizers library: {error}') from error
         self.vocab_size = self.tokenizer.get_vocab_size()
+        self.end_of_text = self.tokenizer.token_to_id('<|endoftext|>')
 
     def encode(self, text):
         """text -> ids, an int array, without added special tokens."""
@@ -98,6 +100,34 @@ class HuggingFaceTokenizer:
 
     def spec(self):
         return {'kind': 'tokenizers', 'json': self.json}
+
+
+class TextStream:
+    """Text from ids as they come: a character appears once all of its bytes are there, and what has appeared stays.
+
+    The pieces together are the text that decoding all the ids at once gives.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.before, self.pending = [], []  # ids of the last piece, which some tokenizers need to space the next; ids not yet shown
+
+    def push(self, ids):
+        """The next ids -> the text that they complete, maybe ''."""
+        self.pending.extend(ids)
+        text = self.tokenizer.decode(self.before + self.pending)
+        if text.endswith('\ufffd'):  # how an incomplete character decodes
+            return ''
+        return self.emit(text)
+
+    def flush(self):
+        """What is left, an incomplete character as U+FFFD."""
+        return self.emit(self.tokenizer.decode(self.before + self.pending)) if self.pending else ''
+
+    def emit(self, text):
+        piece = text[len(self.tokenizer.decode(self.before)):]
+        self.before, self.pending = self.pending, []
+        return piece
 
 
 def spec_vocab_size(spec):

@@ -1,0 +1,66 @@
+"""The loss of a trained model on a data set.
+
+    python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split
+    python evaluate.py --out_dir=out-shakespeare-char --quantize=int8  and what 8-bit weights cost
+    python evaluate.py --init_from=gpt2 --dataset=shakespeare --eval_iters=50
+"""
+import math
+import os
+
+import torch
+
+from checkpoint import load_checkpoint, load_pretrained, restore_model
+from configurator import UserError, configure, require
+from dataloader import Tokens, eval_batches, read_meta
+from packing import pack
+from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
+
+init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
+out_dir = 'out'  # folder of the checkpoint
+ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
+dataset = ''  # folder below data/; '': the one that the model was trained on
+split = 'val'  # 'val' or 'train'
+block_size = 0  # tokens in a window, each of which is predicted from those before it in the window; 0: the model's longest
+batch_size = 16  # windows at once
+eval_iters = 0  # batches, of windows spread evenly over the split; 0: all of it
+quantize = ''  # 'int8': 8-bit weights on a CPU
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
+dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
+config = configure(globals())
+
+require(config, lambda v: v in ('train', 'val'), 'train or val', 'split')
+require(config, lambda v: v >= 1, 'at least 1', 'batch_size')
+require(config, lambda v: v >= 0, '0 or more', 'block_size', 'eval_iters')
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+use_fast_float32(device)
+
+# --- model and data ---------------------------------------------------------------------------------------------------
+if init_from == 'resume':
+    path = os.path.join(out_dir, ckpt)
+    checkpoint = load_checkpoint(path)
+    model, tokenizer = restore_model(checkpoint, path), checkpoint.get('tokenizer')
+    dataset = dataset or checkpoint['config'].get('dataset')
+else:
+    model, tokenizer = load_pretrained(init_from)
+if not dataset or not isinstance(dataset, str):
+    raise UserError('--dataset= is needed: the folder below data/ to evaluate on')
+data_dir = os.path.join('data', dataset)
+meta = read_meta(data_dir)
+if tokenizer and 'tokenizer' in meta and meta['tokenizer'] != tokenizer:
+    raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
+tokens = Tokens(data_dir, split, meta, model.config.vocab_size)
+if block_size > model.config.block_size:
+    raise UserError(f'--block_size={block_size}: the model has {model.config.block_size} positions')
+block_size = min(block_size or model.config.block_size, len(tokens) - 1)
+model.eval().to(device)
+pack(model, device, dtype, quantize)
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+total, count = 0.0, 0
+with torch.inference_mode(), autocast(device, dtype):
+    for x, y in eval_batches(tokens, block_size, batch_size, eval_iters or len(tokens), Ranks(), device):
+        n = int((y >= 0).sum())
+        total, count = total + model(x, y)[1].item() * n, count + n
+loss = total / count
+print(f'{data_dir}, {split}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, over {count:,} tokens in windows of {block_size}')

@@ -1,0 +1,210 @@
+"""Drawing tokens from a model: what the model sees, how a token is chosen, when a text is finished.
+
+What the model sees. It has room for block_size tokens. Of a longer text it sees the end: it starts to see everything from
+`window_start` on, which moves in steps of half a block. So between a half and a whole block of context is in sight at any
+time, and the cache of keys and values has to be filled anew only once in half a block. Positions count from the window's
+start, as in training; this holds for every kind of position embedding.
+
+What a sample depends on: the model, its own prompt, the settings, the seed and its own number. Not on what else is drawn in
+the same batch, nor on how often the cache was filled anew.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from model import KVCache
+from tokenizer import TextStream
+
+
+def window_start(n_tokens, block_size):
+    """The first of n_tokens that is still seen when the next one is drawn."""
+    step = max(1, block_size // 2)
+    return max(0, -(-(n_tokens - block_size) // step) * step)  # rounded up
+
+
+class Context:
+    """Rows of tokens and, cached, what the model made of them."""
+
+    def __init__(self, model, rows, columns, static=False):
+        """rows: how many. columns: length of the longest window that will be needed, at most block_size. static: as in KVCache,
+        for a compiled model."""
+        weight = model.transformer.wte.weight
+        self.model, self.device = model, weight.device
+        self.autocast = torch.is_autocast_enabled(weight.device.type)
+        self.dtype = torch.get_autocast_dtype(weight.device.type) if self.autocast else weight.dtype
+        self.cache = KVCache(model.config, rows, min(columns, model.config.block_size), self.device, self.dtype, static)
+        self.rows = [[] for _ in range(rows)]
+        self.starts = [0] * rows  # where each row's window starts
+
+    def read(self, new):
+        """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them."""
+        behind = []  # rows of which the cache lacks more than the last token
+        for r, ids in enumerate(new):
+            self.rows[r].extend(ids)
+            start = window_start(len(self.rows[r]), self.model.config.block_size)
+            if start != self.starts[r]:
+                self.starts[r], self.cache.lengths[r] = start, 0
+            if start + self.cache.lengths[r] < len(self.rows[r]) - 1:
+                behind.append(r)
+        if behind:
+            self.catch_up(behind)
+        idx = torch.tensor([row[-1:] for row in self.rows], device=self.device)
+        self.cache.extend(1)
+        return self.model(idx, cache=self.cache)[0][:, -1]
+
+    def catch_up(self, behind):
+        """Read what the cache lacks of these rows, but for their last token. Rows that lack the same are read once."""
+        if len(self.rows) == 1 and self.cache.lengths[0] and not self.cache.static:  # a conversation: go on from where it is
+            unread = self.rows[0][self.starts[0] + self.cache.lengths[0]:-1]
+            self.cache.extend(len(unread))
+            self.model.hidden(torch.tensor([unread], device=self.device), self.cache)
+            return
+        pieces = [tuple(self.rows[r][self.starts[r]:-1]) for r in behind]
+        distinct = list(dict.fromkeys(pieces))
+        width = max(map(len, distinct))
+        part = KVCache(self.model.config, len(distinct), width, self.device, self.dtype)
+        part.extend(width)
+        self.model.hidden(torch.tensor([piece + (0,) * (width - len(piece)) for piece in distinct], device=self.device), part)
+        part.lengths = [len(piece) for piece in distinct]
+        self.cache.put(behind, part, [distinct.index(piece) for piece in pieces])
+
+    def keep(self, rows):
+        """Forget all rows but these."""
+        self.rows, self.starts = [self.rows[r] for r in rows], [self.starts[r] for r in rows]
+        self.cache.keep(rows)
+
+
+@dataclass
+class Sampling:
+    """How a token is chosen from logits. Applied in this order, which is Hugging Face's."""
+    temperature: float = 1.0  # divides the logits; 0: the likeliest token
+    top_k: int = 0  # only among the k likeliest; 0: all
+    top_p: float = 1.0  # only among the likeliest that together have this probability (Holtzman et al. 2020); 1: all
+    min_p: float = 0.0  # only among those at least so many times as probable as the likeliest (Nguyen et al. 2024); 0: all
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens that occurred (Keskar et al. 2019)
+    vocab_size: int | None = None  # ids from here on stand for no text, and are never chosen
+
+    def choose(self, logits, uniform, occurred=None):
+        """logits (B, V), uniform (B,) in [0, 1), occurred (B, V) bool -> ids (B,); -1 where the logits are not numbers.
+
+        By inversion: of the probabilities side by side, the one that the row's uniform number falls into.
+        """
+        logits = logits[:, :self.vocab_size].float()
+        if occurred is not None and self.repetition_penalty != 1:
+            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(occurred[:, :self.vocab_size], penalized, logits)
+        if self.temperature < 1e-6:  # so small a divisor would overflow
+            largest, chosen = logits.max(dim=-1)
+            return torch.where(largest.isnan(), -1, chosen)
+        logits, ids, k = logits / self.temperature, None, min(self.top_k or logits.size(-1), logits.size(-1))
+        if k < logits.size(-1) or self.top_p < 1 or self.min_p > 0:
+            logits, ids = logits.topk(k)  # likeliest first
+        p = logits.softmax(dim=-1)
+        if self.top_p < 1:
+            p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0)
+        if self.min_p > 0:
+            p = p.masked_fill(p < self.min_p * p[:, :1], 0)
+        edges = p.cumsum(dim=-1)  # (B, k)
+        total = edges[:, -1:]
+        chosen = (edges <= uniform[:, None] * total).sum(dim=-1, keepdim=True)
+        if ids is not None:
+            chosen = ids.gather(-1, chosen)
+        return torch.where(total.isnan(), -1, chosen).squeeze(-1)
+
+
+def uniforms(n, key):
+    """n numbers in [0, 1) as float32, a function of the key, a tuple of integers: the same on every device and version."""
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    return torch.from_numpy(np.minimum((words >> np.uint64(40)) / 2**24, 1 - 2**-23).astype(np.float32))  # times any sum < the sum
+
+
+class Sample:
+    """One text in the making: a prompt, and what was drawn after it.
+
+    ids: the tokens drawn. log_probs: the logarithm of the model's own probability of each, before temperature and the like.
+    text: what they stand for, up to a stop text if one was met. finish_reason: None while it is being drawn, then 'length',
+    'stop' or 'end_of_text'. Without a tokenizer there is no text, and only the length ends it.
+    """
+
+    def __init__(self, prompt, seed=(0,), tokenizer=None, stop=(), end_of_text=None):
+        """prompt: ids, at least one. seed: a tuple of integers, different for every sample. stop: texts that end it.
+        end_of_text: the id that ends it, or None."""
+        self.prompt, self.seed, self.stop, self.end_of_text = list(prompt), seed, tuple(stop), end_of_text
+        self.ids, self.log_probs, self.text, self.finish_reason = [], [], '', None
+        self.stream = TextStream(tokenizer) if tokenizer else None
+        self.prompt_text = self.stream.push(self.prompt) if tokenizer else ''
+
+    def add(self, token, log_prob=None):
+        """Take in the next token that was drawn."""
+        self.ids.append(token)
+        self.log_probs.append(log_prob)
+        if token == self.end_of_text:
+            self.finish('end_of_text')
+        elif self.stream:
+            searched = len(self.text)
+            self.text += self.stream.push([token])
+            found = [at for at in (self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self.stop) if at >= 0]
+            if found:
+                self.text = self.text[:min(found)]
+                self.finish_reason = 'stop'
+
+    def finish(self, reason):
+        """End it, unless it has ended."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            self.text += self.stream.flush() if self.stream else ''
+
+    def settled(self):
+        """How much of `text` will stay, whatever comes: all but what may be the beginning of a stop text."""
+        if self.finish_reason:
+            return len(self.text)
+        longest = max(map(len, self.stop), default=1) - 1
+        return next((at for at in range(max(0, len(self.text) - longest), len(self.text))
+                     if any(stop.startswith(self.text[at:]) for stop in self.stop)), len(self.text))
+
+
+@torch.inference_mode()
+def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=None, static=False):
+    """Draw up to max_new_tokens for each of the samples, all in one batch; yields after every token.
+
+    What was drawn is in the samples. log_probs: fill them in too. context: one that has read what came before the only sample;
+    it is left having read all but the last token drawn. static: for a compiled model, keep finished samples in the batch, so
+    that no shape changes. Raises UserError if the model's output is not numbers.
+    """
+    if context is None:
+        columns = model.config.block_size if static else max(len(sample.prompt) for sample in samples) + max_new_tokens
+        context = Context(model, len(samples), columns, static)
+    live, new = list(samples), [sample.prompt for sample in samples]
+    draws = torch.stack([uniforms(max_new_tokens, sample.seed) for sample in samples]).to(context.device)  # (B, max_new_tokens)
+    occurred = None
+    for n in range(max_new_tokens):
+        logits = context.read(new)
+        if sampling.repetition_penalty != 1:
+            if occurred is None:
+                occurred = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+                new = context.rows
+            for row, ids in zip(occurred, new):
+                row[ids] = True
+        chosen = sampling.choose(logits, draws[:, n], occurred)
+        ids = chosen.tolist()  # waits for the device
+        if -1 in ids:
+            raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
+        drawn = [None] * len(ids)
+        if log_probs:
+            drawn = logits[:, :sampling.vocab_size].float().log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1).tolist()
+        for sample, token, log_prob in zip(live, ids, drawn):
+            if sample.finish_reason is None:
+                sample.add(token, log_prob)
+                if n + 1 == max_new_tokens:
+                    sample.finish('length')
+        new = [[token] for token in ids]
+        yield
+        going = [r for r, sample in enumerate(live) if sample.finish_reason is None]
+        if not going:
+            return
+        if len(going) < len(live) and not static:
+            context.keep(going)
+            live, new, draws = [live[r] for r in going], [new[r] for r in going], draws[going]
+            occurred = None if occurred is None else occurred[going]

@@ -1,0 +1,96 @@
+"""Weights laid out for drawing text: each linear layer's matrix in the form that the device multiplies a few rows by fastest.
+
+Drawing a token reads every weight once and multiplies it by a handful of numbers, so its time is the time to read the
+weights. On a CPU, torch's own product of such thin matrices reads them at a fraction of the memory's speed; oneDNN's and
+FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. On other devices the weights are
+converted to the precision that their products run in, which halves what is read.
+
+    pack(model, device, dtype)                   float32 or bfloat16, the same products as in training up to rounding
+    pack(model, device, dtype, 'int8')           8-bit weights on a CPU: a quarter of the reading, and a little loss
+"""
+import warnings
+
+import torch
+import torch.nn as nn
+
+from configurator import UserError
+
+SMALLEST = 2**17  # weights; smaller matrices stay in the cache, and torch's own product has less overhead
+ROWS = 5  # a single row is multiplied as so many copies of it: oneDNN's kernel for one row reads the weights more slowly
+
+
+def pack(model, device, dtype, quantize=''):
+    """Replace the linear layers of a model on `device`, in place, for reading only: it cannot be trained or saved any more.
+
+    dtype: that products run in. quantize: 'int8', or '' for none. The embedding table stays as it is. Where a device has no
+    better layout than torch's own, nothing happens. Raises UserError if int8 is not to be had.
+    """
+    if quantize == 'int8' and (device.type != 'cpu' or 'fbgemm' not in torch.backends.quantized.supported_engines):
+        raise UserError(f'--quantize=int8: runs on x86 processors only, not on this {device.type} device; leave it out')
+    if quantize not in ('', 'int8'):
+        raise UserError(f"--quantize={quantize}: unknown; use int8, or leave it out")
+    mkldnn = torch.ops.mkldnn
+    onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
+              and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Dropout):
+                setattr(module, name, nn.Identity())  # which takes less time to do nothing
+            elif not isinstance(layer, nn.Linear):
+                continue
+            elif quantize:
+                setattr(module, name, Int8Linear(layer))
+            elif onednn and layer.weight.numel() >= SMALLEST:
+                setattr(module, name, PackedLinear(layer, dtype))
+            elif layer.weight.dtype != dtype:
+                layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)  # a head tied to the embedding gets a copy
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over oneDNN's own layout of the weights, as torch.compile uses it on CPUs when weights are frozen.
+
+    x: (..., in) -> (..., out) in the type of the weights. A row's result does not depend on how many there are.
+    """
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), 64)  # 64 rows: a hint, good for 1 to 1000
+        self.bias = None if linear.bias is None else linear.bias.to(dtype)
+
+    def forward(self, x):
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        alone = x.numel() == x.size(-1)
+        if alone:
+            x = x.expand(ROWS, *x.shape[1:])
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+        return y[:1] if alone else y
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights, a scale for each output, and 8-bit inputs, a scale for each row (Dettmers et al. 2022,
+    "LLM.int8()", section 2.1), multiplied by FBGEMM. A row's result depends on that row alone.
+
+    Both sides are symmetric: w ~ scale * q with q in [-127, 127]. Products are summed exactly, in 32-bit integers.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features = linear.out_features
+        weight = linear.weight.float()
+        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        zero = torch.zeros(len(scale), dtype=torch.long)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch calls these types deprecated; nothing that is as fast takes their place yet
+            quantized = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self.bias = None if linear.bias is None else linear.bias.float()
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1)).float()
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)  # (rows, 1)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows / scale, 1 / 127, 128, self.packed) * scale
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], self.out_features)
