@@ -168,7 +168,9 @@ def bench_decoding(device, dtype):
     parameters = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     width = 1 if quantize else dtype.itemsize  # bytes
     model.to(device)
-    pack(model, device, dtype, quantize)
+    static = compile and 'compile' in config.given
+    if quantize or not (static and device.type == 'cpu'):  # as in sample.py
+        pack(model, device, dtype, quantize)
     print(f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
           f'{device.type}, {quantize or str(dtype).removeprefix("torch.")}', flush=True)
 
@@ -184,7 +186,6 @@ def bench_decoding(device, dtype):
                 pass
         return first, time.perf_counter() - start, samples[0].ids
 
-    static = compile and 'compile' in config.given
     if static:
         print('compiling ...', flush=True)
         static = compile_or_stay_eager(model, lambda: (draw(1), draw(num_samples)), **decoding_options(device))

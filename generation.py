@@ -52,6 +52,8 @@ class Context:
             self.catch_up(behind)
         idx = torch.tensor([row[-1:] for row in self.rows], device=self.device)
         self.cache.extend(1)
+        if self.cache.static:
+            torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed, its memory may be reused
         return self.model(idx, cache=self.cache)[0][:, -1]
 
     def catch_up(self, behind):

@@ -116,6 +116,9 @@ class KVCache:
         self.static = static
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device) if static else None
         self.mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device) if static else None
+        if static:
+            for tensor in (*self.keys, *self.values, self.positions, self.mask):
+                torch._dynamo.mark_static_address(tensor, guard=False)  # so that a CUDA graph writes into it, rather than into a copy
 
     def extend(self, T):
         """Reserve the next T columns of every row: sets what the model's next call reads. ValueError if there are too few."""

@@ -5,6 +5,7 @@
     python sample.py --start=LINES:prompts.txt --json=True > texts.jsonl
     python sample.py --interactive=True
 """
+import itertools
 import os
 import signal
 import sys
@@ -38,10 +39,11 @@ interactive = False  # ask for text to continue, again and again
 quantize = ''  # 'int8': 8-bit weights on a CPU, two to three times as fast, for a little quality
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = False  # compile the drawing of a token: a minute at first, for long or many texts on a GPU
+compile = False  # compile the drawing of a token: for long texts on a GPU, after half a minute of compiling
 config = configure(globals())
 
-require(config, lambda v: v >= 1, 'at least 1', 'num_samples', 'batch_size')
+require(config, lambda v: v >= 1, 'at least 1', 'num_samples')
+require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'batch_size')
 require(config, lambda v: 0 <= v < float('inf'), '0 or more', 'max_new_tokens', 'temperature', 'top_k', 'seed')
 require(config, lambda v: 0 < v <= 1, 'above 0 and at most 1', 'top_p')
 require(config, lambda v: 0 <= v <= 1, 'from 0 to 1', 'min_p')
@@ -71,7 +73,8 @@ with user_errors(ValueError, where='the tokenizer of the model: '):
 if tokenizer.vocab_size > model.config.vocab_size:
     raise UserError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together')
 model.eval().to(device)
-pack(model, device, dtype, quantize)
+if quantize or not (compile and device.type == 'cpu'):  # the compiler does not take packed layers, and is slower on a CPU
+    pack(model, device, dtype, quantize)
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=tokenizer.vocab_size)
 
 
@@ -204,7 +207,7 @@ with autocast(device, dtype):
     if interactive:
         converse()
     else:
-        jobs = [(prompt, make_sample(ids, i)) for prompt, ids in zip(prompts, encoded) for i in range(num_samples)]
-        for first in range(0, len(jobs), batch_size):
-            texts, samples = zip(*jobs[first:first + batch_size])
+        jobs = ((prompt, make_sample(ids, i)) for prompt, ids in zip(prompts, encoded) for i in range(num_samples))
+        while batch := list(itertools.islice(jobs, batch_size)):
+            texts, samples = zip(*batch)
             write_json(samples, texts) if json else write(samples)

@@ -86,3 +86,16 @@ def test_every_recipe_is_accepted(path):
     defaults = {'__file__': str(REPO / 'train.py')}
     exec(compile(ast.Module(body=head, type_ignores=[]), 'train.py', 'exec'), defaults)
     assert configure(defaults, [str(path)]).given
+
+
+def test_texts_add_up(tmp_path):
+    """A tuple of texts grows by one with each --key=text, an empty one empties it; a config file replaces it."""
+    path = tmp_path / 'config.py'
+    path.write_text("stop = ['c', '']", encoding='utf-8')
+    settings = lambda: {'stop': (), 'other': 1}  # noqa: E731
+    assert configure(settings(), ['--stop=a', '--stop=1', '--stop=(b']) ['stop'] == ('a', '1', '(b')
+    assert configure(settings(), ['--stop=a', str(path), '--stop=d'])['stop'] == ('c', 'd')
+    assert configure(settings(), ['--stop=a', '--stop='])['stop'] == ()
+    path.write_text('stop = 1', encoding='utf-8')
+    with pytest.raises(UserError, match='stop must be a tuple of texts, not 1'):
+        configure(settings(), [str(path)])

@@ -4,7 +4,9 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import threading
 
@@ -50,10 +52,99 @@ def test_sampling(trained, tmp_path):
 def test_sampling_loads_only_what_it_needs(trained):
     program = ('import runpy, sys; sys.argv = ["sample.py", "--out_dir=out", "--device=cpu", "--max_new_tokens=2"]; '
                f'runpy.run_path({str(REPO / "sample.py")!r}, run_name="__main__"); '
-               'print([name for name in ("transformers", "tiktoken", "tokenizers", "matplotlib", "wandb") if name in sys.modules])')
+               'print([name for name in ("transformers", "tiktoken", "tokenizers", "matplotlib", "wandb", "numpy.testing", '
+               '"torch._dynamo", "sympy") if name in sys.modules])')
     result = subprocess.run([os.sys.executable, '-c', program], cwd=trained, capture_output=True, text=True,
                             env=environment(PYTHONPATH=str(REPO)))
     assert result.stdout.splitlines()[-1] == '[]', result.stderr
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_prompts_of_several_kinds(trained, tmp_path):
+    """Each sample is what its prompt alone gives, whatever is drawn beside it and however many at once."""
+    prompts = ['abc', 'z. once upon a time', 'b']
+    (tmp_path / 'prompts.txt').write_text('abc\n\nz. once upon a time\nb\n', encoding='utf-8')
+    for name, prompt in zip('xyz', prompts):
+        (tmp_path / name).write_text(prompt, encoding='utf-8')
+    common = (f'--out_dir={trained / "out"}', *SAMPLE, '--json=True', '--top_p=0.9', '--min_p=0.01', '--repetition_penalty=1.1', '--stop=z')
+    alone = [objects(run_forked_ok('sample.py', *common, f'--start={prompt}', cwd=tmp_path)) for prompt in prompts]
+    expected = [record for records in alone for record in records]
+    assert [record['prompt'] for record in expected] == [prompt for prompt in prompts for _ in range(3)]
+    for record in expected:
+        assert len(record['token_ids']) == len(record['log_probs']) and all(value <= 0 for value in record['log_probs'])
+        assert (record['finish_reason'] == 'length') == (len(record['text']) == 20) and 'z' not in record['text']
+        assert record['text'] == ''.join(CHARS[i] for i in record['token_ids'])[:len(record['text'])]
+    for start in ('LINES:prompts.txt', 'FILES:x,y,z'):
+        for options in ([], ['--batch_size=2']):
+            got = objects(run_forked_ok('sample.py', *common, f'--start={start}', *options, cwd=tmp_path))
+            assert len(got) == len(expected)
+            for record, other in zip(got, expected):
+                assert record.pop('log_probs') == pytest.approx(other['log_probs'], abs=1e-4)
+                assert record == {key: value for key, value in other.items() if key != 'log_probs'}
+
+
+def test_streaming_shows_the_same(trained, tmp_path):
+    arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=5', '--max_new_tokens=50', '--batch_size=3',
+                 '--stop=z', '--stop=.a')
+    streamed = run_forked_ok('sample.py', *arguments, cwd=tmp_path)
+    assert streamed == run_forked_ok('sample.py', *arguments, '--stream=False', cwd=tmp_path) and len(samples(streamed)) == 5
+    texts = [record['prompt'] + record['text'] for record in objects(run_forked_ok('sample.py', *arguments, '--json=True', cwd=tmp_path))]
+    assert samples(streamed) == texts
+    assert samples(run_forked_ok('sample.py', *arguments, '--max_new_tokens=0', '--start=ab', cwd=tmp_path)) == ['ab'] * 5
+
+
+def test_compiled_drawing(trained, tmp_path):
+    """The same text, and one compilation for all tokens: a recompilation would be an error."""
+    arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=2', '--max_new_tokens=40', '--stop=zz')
+    compiled = run('sample.py', *arguments, '--compile=True', cwd=tmp_path, TORCH_LOGS='recompiles')
+    assert compiled.returncode == 0 and compiled.stdout == run_forked_ok('sample.py', *arguments, cwd=tmp_path)
+    if 'torch.compile does not work here' not in compiled.stderr:
+        assert 'ecompil' not in compiled.stderr, compiled.stderr
+
+
+def test_conversation(trained, tmp_path):
+    common = (f'--out_dir={trained / "out"}', '--device=cpu', '--interactive=True', '--max_new_tokens=10', '--temperature=0')
+    command = [os.sys.executable, str(REPO / 'sample.py'), *common]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), input='abc\n\nX\n', capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    first, second = (part[:10] for part in result.stdout.split('> ')[1:3])
+    once, = samples(run_forked_ok('sample.py', common[0], '--device=cpu', '--temperature=0', '--num_samples=1', '--start=abc',
+                                  '--max_new_tokens=20', cwd=tmp_path))
+    assert first + second == once[3:], 'the empty line goes on where the answer ended'
+    assert "character 'X'" in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(trained, tmp_path):
+    command = [os.sys.executable, str(REPO / 'sample.py'), f'--out_dir={trained / "out"}', '--device=cpu', '--interactive=True',
+               '--max_new_tokens=1000000']
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes) as child:
+        for _ in range(2):
+            child.stdin.write(b'abc\n')
+            child.stdin.flush()
+            while b'> ' not in os.read(child.stdout.fileno(), 100000):
+                pass
+            assert os.read(child.stdout.fileno(), 10)
+            child.send_signal(signal.SIGINT)
+        child.stdin.close()
+        while os.read(child.stdout.fileno(), 100000):
+            pass
+        assert child.wait(timeout=30) == 0 and child.stderr.read() == b''
+
+
+@pytest.mark.parametrize('quantize', ['', 'int8'])
+def test_evaluation(trained, quantize):
+    """The whole split, against train.py's own evaluation; 8-bit weights come close."""
+    if quantize and 'fbgemm' not in torch.backends.quantized.supported_engines:
+        pytest.skip('this torch comes without FBGEMM')
+    text = run_forked_ok('evaluate.py', '--out_dir=out', '--device=cpu', f'--quantize={quantize}', cwd=trained)
+    loss = float(re.search(r'loss ([\d.]+)', text)[1])
+    expected = run_forked_ok('train.py', *TINY, '--init_from=resume', '--eval_only=True', '--eval_iters=1000', cwd=trained)
+    assert abs(loss - float(re.search(r'val loss ([\d.]+)', expected)[1])) <= (0.02 if quantize else 1e-4)
+    assert '992 tokens in windows of 16' in text
 
 
 def test_sampling_from_hugging_face_with_its_own_tokenizer(tmp_path):
@@ -86,6 +177,16 @@ def test_bench(workspace, real):
         assert 'aten::' in output and json.loads((workspace / 'trace.json').read_text())['traceEvents']
     else:
         assert 'not prepared' in run_ok('bench.py', *shape, '--real_data=True', '--dataset=absent', cwd=workspace)
+
+
+@pytest.mark.parametrize('baseline', ['recompute', 'transformers'])
+def test_bench_of_decoding(tmp_path, baseline):
+    shape = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--vocab_size=64', '--device=cpu', '--prompt_tokens=6',
+             '--max_new_tokens=20', '--num_samples=3', '--rounds=2']
+    output = run_forked_ok('bench.py', '--mode=decode', *shape, f'--baseline={baseline}', cwd=tmp_path)
+    assert output.count('the same tokens') == 2 and 'that memory allows' in output and 'memory reads' in output
+    output = run_forked_ok('bench.py', '--mode=decode', *shape, cwd=tmp_path)
+    assert 'here, batch 1:' in output and 'here, batch 3:' in output and 'prompt tokens/s' in output and 'peak memory' in output
 
 
 @pytest.mark.parametrize('x', ['iter', 'seconds'])

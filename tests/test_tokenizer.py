@@ -4,7 +4,7 @@ import random
 import pytest
 from conftest import SHARED
 
-from tokenizer import CharTokenizer, check_spec, load_tokenizer, spec_from_nanogpt
+from tokenizer import CharTokenizer, HuggingFaceTokenizer, TextStream, check_spec, load_tokenizer, spec_from_nanogpt
 
 
 def random_text(rng, n=200):
@@ -72,3 +72,45 @@ def test_unsound_nanogpt_meta(meta):
         spec_from_nanogpt(meta)
 
 
+
+
+def unicode_text(rng, n=40):
+    """Text of every length of UTF-8, with marks that combine and a real U+FFFD."""
+    return ''.join(rng.choice(['a', ' ', 'é', '€', '漢', '😀', '👨‍👩‍👧', '\ufffd', '\n', 'the ', 'ß', 'e\u0301']) for _ in range(n))
+
+
+def make_tokenizers():
+    """Each kind of tokenizer; of the library's, one of bytes and one that spaces words by their neighbours."""
+    import tokenizers
+    yield CharTokenizer.train(unicode_text(random.Random(0), 400))
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(['the theme of the thesis €'], vocab_size=280, show_progress=False)
+    yield HuggingFaceTokenizer(bpe.to_str())
+    spaced = tokenizers.SentencePieceBPETokenizer()
+    spaced.train_from_iterator([unicode_text(random.Random(1), 400)], vocab_size=60, show_progress=False)
+    yield HuggingFaceTokenizer(spaced.to_str())
+
+
+def test_a_stream_shows_whole_characters_and_loses_none():
+    for tokenizer in make_tokenizers():
+        for seed in range(30):
+            rng = random.Random(seed)
+            text = unicode_text(rng)
+            ids = tokenizer.encode(text).tolist()
+            check_stream(tokenizer, ids, whole=tokenizer.decode(ids).count('\ufffd') == text.count('\ufffd'))
+            check_stream(tokenizer, [rng.randrange(tokenizer.vocab_size) for _ in range(40)])  # not UTF-8, mostly
+
+
+def test_a_stream_of_gpt2s(gpt2_vocabulary):
+    for seed in range(30):
+        rng = random.Random(seed)
+        check_stream(gpt2_vocabulary, gpt2_vocabulary.encode(unicode_text(rng)).tolist(), whole=True)
+        check_stream(gpt2_vocabulary, [rng.randrange(256) for _ in range(40)])
+
+
+def check_stream(tokenizer, ids, whole=False):
+    stream = TextStream(tokenizer)
+    pieces = [stream.push([i]) for i in ids] + [stream.flush()]
+    assert ''.join(pieces) == tokenizer.decode(ids)
+    if whole:  # a piece has U+FFFD only where the text has
+        assert sum(piece.count('\ufffd') for piece in pieces) == tokenizer.decode(ids).count('\ufffd')

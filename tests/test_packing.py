@@ -1,0 +1,89 @@
+"""Rearranged and 8-bit weights against the plain product, and against the 8-bit arithmetic done naively."""
+import copy
+
+import pytest
+import torch
+from conftest import CHARS  # noqa: F401  (puts the repository on the path)
+
+import packing
+from configurator import UserError
+from generation import Sample, Sampling, generate
+from model import GPT, GPTConfig
+from packing import Int8Linear, PackedLinear, pack
+from runtime import autocast
+
+CPU = torch.device('cpu')
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch comes without oneDNN')
+fbgemm = pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason='this torch comes without FBGEMM')
+
+
+def make_inputs(n_in, rows=7):
+    """Rows of very different sizes, one of them zero."""
+    x = torch.randn(rows, 3, n_in) * torch.logspace(-3, 2, rows)[:, None, None]
+    x[2] = 0
+    return x
+
+
+@onednn
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('n_in, n_out', [(32, 96), (768, 65), (5, 7)])
+def test_packed_product(n_in, n_out, bias):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(n_in, n_out, bias=bias), make_inputs(n_in)
+    packed = PackedLinear(linear, torch.float32)
+    expected = copy.deepcopy(linear).double()(x.double()).float()
+    with torch.no_grad():
+        y = packed(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        for i in range(7):  # however many rows there are, and for a single one
+            torch.testing.assert_close(packed(x[i]), y[i], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(packed(x[i:i + 1, :1]), y[i:i + 1, :1], rtol=1e-5, atol=1e-6)
+
+
+@fbgemm
+@pytest.mark.parametrize('bias', [True, False])
+def test_int8_product(bias):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(256, 48, bias=bias), make_inputs(256)
+    with torch.no_grad():
+        y = Int8Linear(linear)(x)
+        w_scale, x_scale = linear.weight.abs().amax(1) / 127, x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        w, rows = (linear.weight / w_scale[:, None]).round().double(), (x / x_scale).round().double()
+        naive = (rows @ w.t() * x_scale.double() * w_scale.double()).float() + (linear.bias if bias else 0)
+        one_step = (x_scale * w_scale * 127).double()  # what rounding one input the other way makes, at most
+        assert ((y - naive).abs() <= 3 * one_step + 1e-6).all() and ((y - naive).abs() > 0.01 * one_step + 1e-6).float().mean() < 0.2
+        assert ((y - linear(x)).norm() / linear(x).norm()) < 0.02
+        assert all(torch.equal(Int8Linear(linear)(x[i:i + 1]), y[i:i + 1]) for i in range(7)), 'a row depends on the others'
+
+
+@pytest.mark.parametrize('dtype, quantize, tolerance', [
+    pytest.param(torch.float32, '', 1e-4, marks=onednn), pytest.param(torch.bfloat16, '', 0.03, marks=onednn),
+    pytest.param(torch.float32, 'int8', 0.1, marks=fbgemm)])
+def test_a_packed_model(dtype, quantize, tolerance, monkeypatch):
+    """The same logits up to the precision asked for, and texts that do not depend on what else is in the batch."""
+    monkeypatch.setattr(packing, 'SMALLEST', 0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.1)).eval()
+    packed = copy.deepcopy(model)
+    pack(packed, CPU, dtype, quantize)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    idx = torch.randint(64, (3, 20))
+    with torch.no_grad():
+        expected, loss = model(idx, idx)
+        with autocast(CPU, dtype):
+            got, got_loss = packed(idx, idx)
+    assert (got - expected).norm() / expected.norm() < tolerance and abs(got_loss - loss) < tolerance
+    samples, alone = [Sample(row, (1, i)) for i, row in enumerate(idx.tolist())], Sample(idx[1].tolist(), (1, 1))
+    for batch in (samples, [alone]):
+        with autocast(CPU, dtype):
+            for _ in generate(packed, batch, 40, Sampling(1.0, top_k=20)):
+                pass
+    assert alone.ids == samples[1].ids
+
+
+def test_what_cannot_be_packed():
+    model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
+    for quantize, device, words in (('int4', 'cpu', 'unknown'), ('int8', 'cuda', 'x86 processors only')):
+        with pytest.raises(UserError, match=words):
+            pack(model, torch.device(device), torch.float32, quantize)
+    assert isinstance(model.lm_head, torch.nn.Linear)
