@@ -16,7 +16,7 @@ import time
 import torch
 
 from checkpoint import to_hugging_face
-from configurator import configure, require, user_errors
+from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, read_meta
 from generation import Sample, Sampling, generate, window_start
 from model import GPT, GPTConfig
@@ -66,9 +66,16 @@ config = configure(globals())
 
 require(config, lambda v: v in ('train', 'decode'), 'train or decode', 'mode')
 require(config, lambda v: v in ('', 'transformers', 'recompute'), 'transformers or recompute', 'baseline')
-require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'vocab_size', 'max_iters', 'num_samples', 'prompt_tokens',
-        'rounds')
-require(config, lambda v: v >= 2, 'at least 2', 'max_new_tokens')
+require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'max_iters', 'rounds')
+require(config, lambda v: 1 <= v < 2**31, 'from 1 to 2,147,483,647', 'vocab_size')
+require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'num_samples')
+require(config, lambda v: 1 <= v <= 10**7, 'from 1 to 10,000,000', 'prompt_tokens')
+require(config, lambda v: 2 <= v <= 10**7, 'from 2 to 10,000,000', 'max_new_tokens')
+for key in ('profile',) if mode == 'decode' else ('quantize', 'baseline'):
+    if config[key]:
+        raise UserError(f'--{key}={config[key]}: has no meaning with --mode={mode}')
+if baseline == 'transformers' and prompt_tokens + max_new_tokens > block_size:
+    raise UserError(f'--baseline=transformers: has no room for {prompt_tokens} + {max_new_tokens} tokens in --block_size={block_size}')
 require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_iters', 'max_seconds', 'seed')
 
 

@@ -233,8 +233,8 @@ def load_pretrained(name, dropout=0.0):
     with config.json and weights. UserError if it cannot be had, or is not a GPT-2 that this model computes exactly.
     """
     if name not in PRETRAINED and not os.path.isdir(name):
-        raise UserError(f'--init_from={name}: must be scratch, resume, {", ".join(PRETRAINED)}, or a directory '
-                        'with a Hugging Face GPT-2')
+        raise UserError(f'--init_from={name}: must be resume, {", ".join(PRETRAINED)}, or a directory with a Hugging Face GPT-2 '
+                        '(train.py also knows scratch)')
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
         from transformers.utils import logging

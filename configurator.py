@@ -9,8 +9,10 @@ apply from left to right, the last one wins; a setting that is a tuple of texts 
 `--key=` empties it. `--help` prints every setting with its default and its comment.
 """
 import ast
+import atexit
 import difflib
 import dis
+import errno
 import io
 import os
 import sys
@@ -59,6 +61,7 @@ def configure(settings, argv=None):
     broken config file, an unknown key (naming the nearest known one) and a value of the wrong type.
     """
     sys.excepthook = report_uncaught
+    atexit.register(flush_output)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')  # a terminal that cannot show a character shows '?', and no traceback
@@ -173,14 +176,31 @@ def print_help(settings, defaults):
         print(f'  {f"--{key}={default!r}":<42} {comments.get(assignments.get(key), "")}'.rstrip())
 
 
+def flush_output():
+    """At exit: write out what is left for standard output; that nobody reads it, or there is no room for it, is no crash."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries again
+        if error.errno == errno.ENOSPC:
+            print('error: cannot write the output: No space left on device', file=sys.stderr)
+            os._exit(2)
+
+
 def report_uncaught(kind, error, traceback):
     """sys.excepthook: a UserError, or running out of memory, is one line and exit status 2; the rest keeps its traceback."""
     if kind is KeyboardInterrupt:
         sys.exit(130)  # the shell's status for a program that Ctrl-C ended
+    if kind is BrokenPipeError:  # who reads our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+        error, kind = UserError(f'{error.filename or "the output"}: {error.strerror}; free some and try again'), UserError
     text = str(error)
     if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and ('out of memory' in text or 'DefaultCPUAllocator' in text):
         error = UserError(f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
-                          f'--num_samples, --block_size or the size of the model ({one_line(text, 120)})')
+                          f'--num_samples, --max_new_tokens, --block_size or the size of the model ({one_line(text, 120)})')
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, traceback)
     rank = os.environ.get('RANK', '0')

@@ -10,10 +10,11 @@ import os
 import torch
 
 from checkpoint import load_checkpoint, load_pretrained, restore_model
-from configurator import UserError, configure, require
+from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, eval_batches, read_meta
 from packing import pack
 from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
+from tokenizer import spec_from_meta
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
@@ -29,7 +30,7 @@ dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': 
 config = configure(globals())
 
 require(config, lambda v: v in ('train', 'val'), 'train or val', 'split')
-require(config, lambda v: v >= 1, 'at least 1', 'batch_size')
+require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'batch_size')
 require(config, lambda v: v >= 0, '0 or more', 'block_size', 'eval_iters')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -47,12 +48,16 @@ if not dataset or not isinstance(dataset, str):
     raise UserError('--dataset= is needed: the folder below data/ to evaluate on')
 data_dir = os.path.join('data', dataset)
 meta = read_meta(data_dir)
-if tokenizer and 'tokenizer' in meta and meta['tokenizer'] != tokenizer:
+with user_errors(ValueError, where=f'{data_dir}/meta: '):
+    spec = spec_from_meta(meta)
+if tokenizer and spec and spec != tokenizer:
     raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
 tokens = Tokens(data_dir, split, meta, model.config.vocab_size)
 if block_size > model.config.block_size:
     raise UserError(f'--block_size={block_size}: the model has {model.config.block_size} positions')
+tokens.require_window(1)
 block_size = min(block_size or model.config.block_size, len(tokens) - 1)
+batch_size = min(batch_size, (len(tokens) - 1) // block_size)
 model.eval().to(device)
 pack(model, device, dtype, quantize)
 
@@ -63,4 +68,6 @@ with torch.inference_mode(), autocast(device, dtype):
         n = int((y >= 0).sum())
         total, count = total + model(x, y)[1].item() * n, count + n
 loss = total / count
+if not math.isfinite(loss):
+    raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
 print(f'{data_dir}, {split}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, over {count:,} tokens in windows of {block_size}')

@@ -8,6 +8,7 @@ converted to the precision that their products run in, which halves what is read
     pack(model, device, dtype)                   float32 or bfloat16, the same products as in training up to rounding
     pack(model, device, dtype, 'int8')           8-bit weights on a CPU: a quarter of the reading, and a little loss
 """
+import math
 import warnings
 
 import torch
@@ -89,8 +90,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1)).float()
-        scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)  # (rows, 1)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows / scale, 1 / 127, 128, self.packed) * scale
-        if self.bias is not None:
-            y += self.bias
+        scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp_min_(1e-12)  # (rows, 1)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows / scale, 1 / 127, 128, self.packed)
+        y = torch.addcmul(self.bias, y, scale) if self.bias is not None else y * scale
         return y.view(*x.shape[:-1], self.out_features)

@@ -44,12 +44,15 @@ config = configure(globals())
 
 require(config, lambda v: v >= 1, 'at least 1', 'num_samples')
 require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'batch_size')
-require(config, lambda v: 0 <= v < float('inf'), '0 or more', 'max_new_tokens', 'temperature', 'top_k', 'seed')
+require(config, lambda v: 0 <= v < float('inf'), '0 or more', 'temperature', 'top_k', 'seed')
+require(config, lambda v: 0 <= v <= 10**7, 'from 0 to 10,000,000', 'max_new_tokens')
 require(config, lambda v: 0 < v <= 1, 'above 0 and at most 1', 'top_p')
 require(config, lambda v: 0 <= v <= 1, 'from 0 to 1', 'min_p')
-require(config, lambda v: 0 < v < float('inf'), 'above 0', 'repetition_penalty')
+require(config, lambda v: 0.01 <= v <= 100, 'from 0.01 to 100', 'repetition_penalty')
 if interactive and json:
     raise UserError('--interactive=True and --json=True: choose one')
+if interactive and (sys.stdin is None or sys.stdout is None):
+    raise UserError('--interactive=True: needs a terminal, or a pipe, to read from and to write to')
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -81,14 +84,18 @@ sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_
 # --- prompts ----------------------------------------------------------------------------------------------------------
 def read_text(path):
     """The content of a UTF-8 file."""
-    with user_errors(OSError, UnicodeDecodeError, where=f'cannot read the prompt {path}: '), open(path, encoding='utf-8') as file:
+    where = f'cannot read the prompt {path or "(no path)"}: '
+    with user_errors(OSError, UnicodeDecodeError, where=where), open(path, encoding='utf-8') as file:
         return file.read()
 
 
 def encode(text, where):
-    """text -> ids; UserError, led by `where`, if it has characters that the model does not know."""
+    """text -> ids; UserError, led by `where`, if there are none, or it has characters that the model does not know."""
     with user_errors(ValueError, where=f'{where}: '):
-        return (tokenizer.encode(text, special=True) if spec == GPT2_SPEC else tokenizer.encode(text)).tolist()
+        ids = tokenizer.encode(text, special=True) if spec == GPT2_SPEC else tokenizer.encode(text)
+        if not len(ids):
+            raise ValueError('a prompt must have at least one token; a line end will do')
+        return ids.tolist()
 
 
 def make_sample(prompt, *key):
@@ -99,17 +106,19 @@ def make_sample(prompt, *key):
 if 'start' not in config.given and spec['kind'] == 'char' and start not in spec['chars']:
     start = spec['chars'][0]  # a vocabulary without a line end: begin with some character that it has
 kind, _, paths = start.partition(':')
-if kind == 'FILE':
-    prompts = [read_text(paths)]
-elif kind == 'FILES':
-    prompts = [read_text(path) for path in paths.split(',')]
+if kind in ('FILE', 'FILES'):
+    places = [path.strip() for path in paths.split(',')] if kind == 'FILES' else [paths]
+    prompts = [read_text(path) for path in places]
 elif kind == 'LINES':
-    prompts = [line for line in read_text(paths).splitlines() if line]
+    numbered = [(f'{paths}, line {n}', line) for n, line in enumerate(read_text(paths).split('\n'), 1) if line]
+    if not numbered:
+        raise UserError(f'--start={start}: the file has no lines with anything in them')
+    places, prompts = zip(*numbered)
 else:
-    prompts = [start]
-encoded = [encode(prompt, f'--start={one_line(start, 40)}') for prompt in prompts]
-if not encoded or not all(encoded):
-    raise UserError(f'--start={one_line(start, 40)}: a prompt must have at least one token; a line end will do')
+    places, prompts = [f'--start={one_line(start, 40)}'], [start]
+encoded = [encode(prompt, place) for place, prompt in zip(places, prompts)]
+if interactive and len(prompts) > 1:
+    raise UserError(f'--interactive=True: continues one prompt, not {len(prompts)}')
 
 # --- compilation ------------------------------------------------------------------------------------------------------
 if compile:
@@ -163,7 +172,7 @@ def converse():
     print('What you type is continued where it stands; \\n in it is a line end, an empty line lets the model go on.\n'
           'Ctrl-C stops an answer, Ctrl-D ends.')
     context, unread, turn = Context(model, 1, model.config.block_size, static=compile), [], 0
-    typed = start if 'start' in config.given else None
+    typed = prompts[0] if 'start' in config.given else None
     while True:
         if typed is None:
             try:
@@ -174,7 +183,7 @@ def converse():
             except EOFError:
                 return print()
         try:
-            ids = unread + encode(typed, 'this cannot be continued')
+            ids = unread + (encode(typed, 'this cannot be continued') if typed else [])
         except UserError as error:
             print(error, file=sys.stderr)
             typed = None

@@ -87,12 +87,16 @@ class HuggingFaceTokenizer:
             self.tokenizer = Tokenizer.from_str(json)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f'not a tokenizer.json of the tokenizers library: {error}') from error
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end_of_text = self.tokenizer.token_to_id('<|endoftext|>')
 
     def encode(self, text):
         """text -> ids, an int array, without added special tokens."""
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception, or TypeError for what is not Unicode
+            raise ValueError(f'the tokenizer cannot encode this text: {error}') from error
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, ids):
         """ids -> text, special tokens included."""

@@ -15,6 +15,8 @@ RESUME = [*TINY, '--init_from=resume', '--max_iters=12']
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=4']
 BENCH = ['--device=cpu', '--compile=False', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2',
          '--warmup_iters=0', '--max_iters=1', '--dataset=tiny']
+DECODE = ['--mode=decode', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=40', '--rounds=1',
+          '--num_samples=2', '--prompt_tokens=4', '--max_new_tokens=4']
 PREPARE = 'data/text/prepare.py'
 META = 'data/tiny/meta.json'
 ON_THREE = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3'}  # as torchrun sets it; there is nobody to join
@@ -92,6 +94,23 @@ def config(text):
     return put('c.py', text)
 
 
+def files(**content):
+    """Write a text file NAME.txt for each name=text."""
+    return both(*(put(f'{name}.txt', text) for name, text in content.items()))
+
+
+def bare_split(n_tokens):
+    """Cut the validation split to so few tokens, and let meta.json tell no sizes."""
+    return both(cut('data/tiny/val.bin', 2 * n_tokens), meta(tokens=None))
+
+
+def library_tokenizer(kind, vocabulary, **model):
+    """Give the checkpoint a tokenizer of the tokenizers library."""
+    description = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None, 'pre_tokenizer': None,
+                   'post_processor': None, 'decoder': None, 'model': {'type': kind, 'vocab': vocabulary, **model}}
+    return forge(lambda s: s.update(tokenizer={'kind': 'tokenizers', 'json': json.dumps(description)}))
+
+
 OPTIMIZER = 'ckpt_optimizer_00000008.pt'
 GPT2_CONFIG = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 16,
                'vocab_size': 29}
@@ -167,7 +186,7 @@ FRESH = [  # in a folder with the data set data/tiny
     ('block_beyond_val', None, 'train.py', [*TINY, '--block_size=1000'], 'val.bin holds 1000 tokens, too few'),
     ('block_huge', None, 'train.py', [*TINY, f'--block_size={10**14}'], 'block_size'),
     # pretrained weights
-    ('init_from_unknown', None, 'train.py', [*TINY, '--init_from=gpt5'], '--init_from=gpt5: must be scratch, resume, gpt2'),
+    ('init_from_unknown', None, 'train.py', [*TINY, '--init_from=gpt5'], '--init_from=gpt5: must be resume, gpt2'),
     ('init_from_empty_folder', mkdir('hf'), 'train.py', [*TINY, '--init_from=hf'], 'cannot load the pretrained model hf (check the files'),
     ('init_from_bert', put('hf/config.json', {'model_type': 'bert'}), 'train.py', [*TINY, '--init_from=hf'], 'only GPT-2 can be imported'),
     ('init_from_no_weights', put('hf/config.json', GPT2_CONFIG), 'train.py', [*TINY, '--init_from=hf'], 'cannot load the pretrained'),
@@ -188,8 +207,27 @@ FRESH = [  # in a folder with the data set data/tiny
     ('bench_shape', None, 'bench.py', [*BENCH, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
     ('bench_vocabulary', None, 'bench.py', [*BENCH, '--vocab_size=10'], 'train.bin holds the id 28, the vocabulary ends at 9'),
     ('bench_block', None, 'bench.py', [*BENCH, '--block_size=4000'], 'train.bin holds 4000 tokens, too few'),
-    ('bench_memory', None, 'bench.py', [*BENCH, f'--vocab_size={10**14}'], 'memory'),
+    ('bench_memory', None, 'bench.py', [*BENCH, f'--block_size={10**13}'], 'memory'),
     ('bench_trace', None, 'bench.py', [*BENCH, '--profile=True', '--trace_file=no/t.json'], 'cannot write --trace_file=no/t.json'),
+    ('bench_mode', None, 'bench.py', [*DECODE, '--mode=Decode'], '--mode=Decode: must be train or decode'),
+    ('decode_baseline', None, 'bench.py', [*DECODE, '--baseline=hf'], '--baseline=hf: must be transformers or recompute'),
+    ('decode_quantize', None, 'bench.py', [*DECODE, '--quantize=int4'], '--quantize=int4: unknown; use int8'),
+    ('decode_rounds_0', None, 'bench.py', [*DECODE, '--rounds=0'], '--rounds=0: must be at least 1'),
+    ('decode_no_prompt', None, 'bench.py', [*DECODE, '--prompt_tokens=0'], '--prompt_tokens=0: must be from 1'),
+    ('decode_nothing_after_the_first', None, 'bench.py', [*DECODE, '--max_new_tokens=1'], '--max_new_tokens=1: must be from 2'),
+    ('decode_shape', None, 'bench.py', [*DECODE, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
+    ('decode_prompt_beyond_memory', None, 'bench.py', [*DECODE, f'--prompt_tokens={10**15}'], '--prompt_tokens'),
+    ('decode_beyond_int64', None, 'bench.py', [*DECODE, f'--max_new_tokens={10**30}'], '--max_new_tokens'),
+    ('decode_vocabulary_beyond_int64', None, 'bench.py', [*DECODE, f'--vocab_size={10**30}'], 'vocab_size'),
+    ('decode_many_at_once', None, 'bench.py', [*DECODE, '--num_samples=65537'], '--num_samples=65537'),
+    ('decode_beyond_block_of_baseline', None, 'bench.py', [*DECODE, '--prompt_tokens=14', '--baseline=transformers'],
+     '--baseline=transformers'),
+    ('train_quantized', None, 'bench.py', [*BENCH, '--quantize=int8'], '--quantize=int8'),
+    ('train_with_baseline', None, 'bench.py', [*BENCH, '--baseline=recompute'], '--baseline=recompute'),
+    ('decode_profile', None, 'bench.py', [*DECODE, '--profile=True'], '--profile=True'),
+    ('evaluate_nothing', None, 'evaluate.py', ['--device=cpu'], 'there is no out/ckpt.pt: train first'),
+    ('evaluate_before_training', None, 'evaluate.py', ['--device=cpu', '--dataset=tiny', '--init_from=scratch'],
+     '--init_from=scratch: must be resume'),
     # texts
     ('text_missing', None, PREPARE, ['--input=mistake.txt'], '--input=mistake.txt: there is no such file or folder'),
     ('text_none', None, PREPARE, [], 'which text? give --input=FILE_OR_FOLDER'),
@@ -262,6 +300,79 @@ TRAINED = [  # the same, and a run of 8 updates in out/
     ('num_samples_0', None, 'sample.py', [*SAMPLE, '--num_samples=0'], '--num_samples=0: must be at least 1'),
     ('temperature_negative', None, 'sample.py', [*SAMPLE, '--temperature=-1'], '--temperature=-1.0: must be 0 or more'),
     ('out_dir_missing', None, 'sample.py', [*SAMPLE, '--out_dir=elsewhere'], 'there is no elsewhere/ckpt.pt: train first, or check'),
+    ('prompt_path_empty', None, 'sample.py', [*SAMPLE, '--start=FILE:'], 'cannot read the prompt'),
+    ('prompt_file_is_a_folder', None, 'sample.py', [*SAMPLE, '--start=LINES:data'], 'cannot read the prompt data'),
+    ('prompt_file_empty', files(p=''), 'sample.py', [*SAMPLE, '--start=FILE:p.txt'], 'p.txt: a prompt must have at least one'),
+    ('prompt_lines_all_blank', files(p='\n\n\n'), 'sample.py', [*SAMPLE, '--start=LINES:p.txt'], 'no lines with anything'),
+    ('prompt_lines_not_text', put('p.txt', b'ab\ncd\xff\n'), 'sample.py', [*SAMPLE, '--start=LINES:p.txt'], 'cannot read the prompt p.txt'),
+    ('prompt_third_line', files(p='abc\nabc\nabX\n'), 'sample.py', [*SAMPLE, '--start=LINES:p.txt'], 'line 3'),
+    ('prompt_second_file_missing', files(a='abc'), 'sample.py', [*SAMPLE, '--start=FILES:a.txt,b.txt'], 'cannot read the prompt b.txt'),
+    ('prompt_list_ends_in_a_comma', files(a='abc'), 'sample.py', [*SAMPLE, '--start=FILES:a.txt,'], 'cannot read the prompt'),
+    ('prompt_second_file', files(a='abc', second='abX'), 'sample.py', [*SAMPLE, f'--start=FILES:{"./" * 20}a.txt,second.txt'],
+     "second.txt: the character 'X'"),
+    ('prompt_second_file_empty', files(a='abc', second=''), 'sample.py', [*SAMPLE, f'--start=FILES:{"./" * 20}a.txt,second.txt'],
+     'second.txt: a prompt must have'),
+    ('prompt_with_byte_order_mark', files(p='\ufeffabc'), 'sample.py', [*SAMPLE, '--start=FILE:p.txt'], "the character '\\ufeff'"),
+    ('prompt_path_in_lower_case', files(p='abc'), 'sample.py', [*SAMPLE, '--start=file:p.txt'], "the character ':' at position 4"),
+    ('prompt_not_unicode', library_tokenizer('BPE', {'a': 0}, merges=[]), 'sample.py', [*SAMPLE, '--start=a\udcff'], '--start=a'),
+    ('prompt_of_unknown_words', library_tokenizer('WordLevel', {'a': 0}, unk_token='?'), 'sample.py', [*SAMPLE, '--start=z'],
+     '--start=z'),
+    ('prompt_of_no_known_piece', library_tokenizer('BPE', {'a': 0}, merges=[]), 'sample.py', [*SAMPLE, '--start=z'], 'at least one token'),
+    ('tokenizer_with_holes', library_tokenizer('BPE', {'a': 0, 'b': 300}, merges=[]), 'sample.py', [*SAMPLE, '--start=b'],
+     'they do not belong together'),
+    ('tokenizer_json_broken', forge(lambda s: s.update(tokenizer={'kind': 'tokenizers', 'json': '{"model":'})), 'sample.py', SAMPLE,
+     'not a tokenizer.json of the tokenizers library'),
+    ('top_p_nan', None, 'sample.py', [*SAMPLE, '--top_p=nan'], 'top_p must be a number'),
+    ('top_p_nan_in_config', config('top_p = float("nan")'), 'sample.py', [*SAMPLE, 'c.py'], '--top_p=nan: must be above 0 and at most 1'),
+    ('top_p_0', None, 'sample.py', [*SAMPLE, '--top_p=0'], '--top_p=0.0: must be above 0 and at most 1'),
+    ('top_p_percent', None, 'sample.py', [*SAMPLE, '--top_p=95'], '--top_p=95.0: must be above 0 and at most 1'),
+    ('top_p_with_decimal_comma', None, 'sample.py', [*SAMPLE, '--top_p=0,9'], 'top_p must be a number, not (0, 9)'),
+    ('min_p_negative', None, 'sample.py', [*SAMPLE, '--min_p=-0.1'], '--min_p=-0.1: must be from 0 to 1'),
+    ('min_p_infinite', None, 'sample.py', [*SAMPLE, '--min_p=1e999'], '--min_p=inf: must be from 0 to 1'),
+    ('temperature_nan_in_config', config('temperature = float("nan")'), 'sample.py', [*SAMPLE, 'c.py'], '--temperature=nan: must be'),
+    ('top_k_negative', None, 'sample.py', [*SAMPLE, '--top_k=-1'], '--top_k=-1: must be 0 or more'),
+    ('seed_negative', None, 'sample.py', [*SAMPLE, '--seed=-1'], '--seed=-1: must be 0 or more'),
+    ('repetition_penalty_0', None, 'sample.py', [*SAMPLE, '--repetition_penalty=0'], '--repetition_penalty=0.0: must be from 0.01'),
+    ('repetition_penalty_infinite', None, 'sample.py', [*SAMPLE, '--repetition_penalty=1e999'], '--repetition_penalty=inf'),
+    ('repetition_penalty_near_0', None, 'sample.py', [*SAMPLE, '--repetition_penalty=1e-40'], '--repetition_penalty=1e-40'),
+    ('max_new_tokens_beyond_memory', None, 'sample.py', [*SAMPLE, f'--max_new_tokens={10**15}'], '--max_new_tokens'),
+    ('too_many_at_once', None, 'sample.py', [*SAMPLE, '--batch_size=1e10'], '--batch_size=10000000000: must be from 1 to 65536'),
+    ('stop_without_value', None, 'sample.py', [*SAMPLE, '--stop'], '--stop: write it as --stop=VALUE'),
+    ('stop_number_in_config', config('stop = 5'), 'sample.py', [*SAMPLE, 'c.py'], 'c.py: stop must be a tuple of texts, not 5'),
+    ('stop_bare_text_in_config', config('stop = ("end")'), 'sample.py', [*SAMPLE, 'c.py'], "stop must be a tuple of texts, not 'end'"),
+    ('stop_mixed_in_config', config('stop = ("end", 5)'), 'sample.py', [*SAMPLE, 'c.py'], "not ('end', 5)"),
+    ('interactive_json', None, 'sample.py', [*SAMPLE, '--interactive=True', '--json=True'], '--interactive=True and --json=True: choose'),
+    ('interactive_prompt', None, 'sample.py', [*SAMPLE, '--interactive=True', '--start=abX'], "--start=abX: the character 'X'"),
+    ('interactive_many_prompts', files(p='ab\ncd\n'), 'sample.py', [*SAMPLE, '--interactive=True', '--start=LINES:p.txt'],
+     '--interactive=True'),
+    ('quantize_unknown', None, 'sample.py', [*SAMPLE, '--quantize=int4'], '--quantize=int4: unknown; use int8, or leave it out'),
+    ('overflowing_quantized', forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]), 'sample.py', [*SAMPLE, '--quantize=int8'],
+     'numbers that are not finite'),
+    # evaluating
+    ('evaluate_split', None, 'evaluate.py', ['--device=cpu', '--split=test'], '--split=test: must be train or val'),
+    ('evaluate_block', None, 'evaluate.py', ['--device=cpu', '--block_size=17'], '--block_size=17: the model has 16 positions'),
+    ('evaluate_batch_size_0', None, 'evaluate.py', ['--device=cpu', '--batch_size=0'], '--batch_size=0: must be from 1'),
+    ('evaluate_batch_size_beyond_int64', None, 'evaluate.py', ['--device=cpu', f'--batch_size={10**30}'], '--batch_size'),
+    ('evaluate_eval_iters', None, 'evaluate.py', ['--device=cpu', '--eval_iters=-1'], '--eval_iters=-1: must be 0 or more'),
+    ('evaluate_quantize', None, 'evaluate.py', ['--device=cpu', '--quantize=INT8'], '--quantize=INT8: unknown'),
+    ('evaluate_setting_of_sample', None, 'evaluate.py', ['--device=cpu', '--top_p=0.5'], "unknown setting 'top_p'"),
+    ('evaluate_optimizer_file', None, 'evaluate.py', ['--device=cpu', f'--ckpt={OPTIMIZER}'], "it has no 'model'"),
+    ('evaluate_no_data_set', None, 'evaluate.py', ['--device=cpu', '--dataset=large'], 'there is no data set data/large'),
+    ('evaluate_data_set_gone', forge(lambda s: s['config'].update(dataset='gone')), 'evaluate.py', ['--device=cpu'],
+     'there is no data set data/gone'),
+    ('evaluate_data_set_unnamed', forge(lambda s: s['config'].pop('dataset')), 'evaluate.py', ['--device=cpu'], '--dataset= is needed'),
+    ('evaluate_data_set_no_text', forge(lambda s: s['config'].update(dataset=5)), 'evaluate.py', ['--device=cpu'], '--dataset= is needed'),
+    ('evaluate_no_val_bin', drop('data/tiny/val.bin'), 'evaluate.py', ['--device=cpu'], 'val.bin is missing'),
+    ('evaluate_id_beyond_vocabulary', ids('data/tiny/val.bin', 1, 29), 'evaluate.py', ['--device=cpu'], 'val.bin holds the id 29'),
+    ('evaluate_one_token', bare_split(1), 'evaluate.py', ['--device=cpu'], 'val.bin holds 1 tokens, too few'),
+    ('evaluate_other_tokenizer', lambda f: write_data(f / 'data/other', chars=CHARS.upper()), 'evaluate.py',
+     ['--device=cpu', '--dataset=other'], 'data/other was prepared with another tokenizer'),
+    ('evaluate_other_characters_of_nanogpt', meta_pkl({'vocab_size': 29, 'itos': dict(enumerate(CHARS.upper()))}), 'evaluate.py',
+     ['--device=cpu'], 'data/tiny was prepared with another tokenizer'),
+    ('evaluate_tokenizer_unknown', meta(tokenizer={'kind': 'bpe'}), 'evaluate.py', ['--device=cpu'],
+     'data/tiny/meta: unknown kind of tokenizer'),
+    ('evaluate_overflowing', forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]), 'evaluate.py', ['--device=cpu'],
+     'not finite'),
     ('no_best', drop('out/ckpt_best.pt'), 'sample.py', [*SAMPLE, '--ckpt=ckpt_best.pt'], 'there is no out/ckpt_best.pt'),
 ]
 
@@ -335,3 +446,71 @@ def test_diverging(workspace):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert 'lower --learning_rate' in result.stderr
     assert torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 0
+
+
+# --- standard input and output ----------------------------------------------------------------------------------------
+
+def test_int8_where_it_cannot_be_had(trained, monkeypatch):
+    """As on an ARM processor."""
+    monkeypatch.setattr(type(torch.backends.quantized), 'supported_engines', ['none'])
+    for script, arguments in (('sample.py', SAMPLE), ('evaluate.py', ['--device=cpu']), ('bench.py', DECODE)):
+        result = run_forked(script, *arguments, '--quantize=int8', cwd=trained)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert '--quantize=int8: runs on x86 processors only' in result.stderr
+
+
+def test_baseline_not_installed(workspace, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    result = run_forked('bench.py', *DECODE, '--baseline=transformers', cwd=workspace)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert 'pip install transformers' in result.stderr
+
+
+def test_interactive_input(trained, monkeypatch):
+    """What cannot be continued is one line, and the next line is read; the end of the input is no mistake; no input is one."""
+    def talk(*arguments):
+        return run_forked('sample.py', *SAMPLE, '--interactive=True', *arguments, cwd=trained)
+
+    typed = trained.parent / 'typed'
+    typed.write_bytes(b'abX\nab\xff\n\ncd\n')
+    monkeypatch.setattr(sys, 'stdin', open(typed, encoding='utf-8', errors='surrogateescape'))
+    result = talk()
+    assert result.returncode == 0, result.stderr
+    assert [line[:40] for line in result.stderr.splitlines()] == 2 * ['this cannot be continued: the character '], result.stderr
+    monkeypatch.setattr(sys, 'stdin', open(os.devnull))
+    assert talk().returncode == 0
+    monkeypatch.setattr(sys, 'stdin', None)  # as `<&-` leaves it
+    result = talk()
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_interactive_prompt_file(trained, monkeypatch):
+    """--start=FILE: is the file's content here too, not a text that begins with FILE."""
+    monkeypatch.setattr(sys, 'stdin', open(os.devnull))
+    prompt = trained.parent / 'prompt.txt'
+    prompt.write_text('abc')
+    result = run_forked('sample.py', *SAMPLE, '--interactive=True', f'--start=FILE:{prompt}', cwd=trained)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+READERS = [['sample.py', *SAMPLE, '--json=True'], ['evaluate.py', '--device=cpu']]  # flushed line by line, and at the exit
+
+
+def test_reader_gone(trained):
+    """`... | head -1`: who has read enough is told nothing."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    started = [subprocess.Popen([sys.executable, str(REPO / arguments[0]), *arguments[1:]], cwd=trained, stdout=writing,
+                                stderr=subprocess.PIPE, text=True, env=environment(PYTHONUNBUFFERED='')) for arguments in READERS]
+    os.close(writing)
+    complaints = [process.communicate(timeout=120)[1] for process in started]
+    assert complaints == ['' for _ in READERS]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no such device')
+def test_disk_full(trained):
+    """`... > texts.jsonl` on a full disk."""
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run([sys.executable, str(REPO / 'sample.py'), *SAMPLE, '--json=True'], cwd=trained, stdout=full,
+                                stderr=subprocess.PIPE, text=True, env=environment(), timeout=120)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and 'No space left' in result.stderr, result.stderr
