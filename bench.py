@@ -178,6 +178,8 @@ def bench_decoding(device, dtype):
     static = compile and 'compile' in config.given
     if quantize or not (static and device.type == 'cpu'):  # as in sample.py
         pack(model, device, dtype, quantize)
+    else:
+        width = 4
     print(f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
           f'{device.type}, {quantize or str(dtype).removeprefix("torch.")}', flush=True)
 
@@ -196,6 +198,8 @@ def bench_decoding(device, dtype):
     if static:
         print('compiling ...', flush=True)
         static = compile_or_stay_eager(model, lambda: (draw(1), draw(num_samples)), **decoding_options(device))
+    draw(1), draw(num_samples)
+    memory = None if baseline else peak_memory(device)
     source = torch.ones(parameters * width // 4, device=device)
 
     def read():
@@ -213,7 +217,6 @@ def bench_decoding(device, dtype):
                 if n >= 0:
                     runs.setdefault((name, size), []).append((first, total))
         if n < 0:
-            memory = peak_memory(device) if not baseline else None
             continue
         bandwidths.append(bandwidth)
         print(f'round {n + 1}/{rounds}: ' + ', '.join(

@@ -1,6 +1,6 @@
 """The loss of a trained model on a data set.
 
-    python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split
+    python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split, in whole windows
     python evaluate.py --out_dir=out-shakespeare-char --quantize=int8  and what 8-bit weights cost
     python evaluate.py --init_from=gpt2 --dataset=shakespeare --eval_iters=50
 """
@@ -23,7 +23,7 @@ dataset = ''  # folder below data/; '': the one that the model was trained on
 split = 'val'  # 'val' or 'train'
 block_size = 0  # tokens in a window, each of which is predicted from those before it in the window; 0: the model's longest
 batch_size = 16  # windows at once
-eval_iters = 0  # batches, of windows spread evenly over the split; 0: all of it
+eval_iters = 0  # batches, of windows spread evenly over the split; 0: all whole windows
 quantize = ''  # 'int8': 8-bit weights on a CPU
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
@@ -50,7 +50,7 @@ data_dir = os.path.join('data', dataset)
 meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     spec = spec_from_meta(meta)
-if tokenizer and spec and spec != tokenizer:
+if tokenizer and spec and spec != tokenizer and (spec['kind'] == tokenizer['kind'] or 'char' in (spec['kind'], tokenizer['kind'])):
     raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
 tokens = Tokens(data_dir, split, meta, model.config.vocab_size)
 if block_size > model.config.block_size:

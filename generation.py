@@ -6,7 +6,8 @@ time, and the cache of keys and values has to be filled anew only once in half a
 start, as in training; this holds for every kind of position embedding.
 
 What a sample depends on: the model, its own prompt, the settings, the seed and its own number. Not on what else is drawn in
-the same batch, nor on how often the cache was filled anew.
+the same batch, nor on how often the cache was filled anew; but sums are rounded differently in batches of different sizes, which
+in bfloat16 and 8 bits is coarse enough to now and then draw another token.
 """
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import torch
 from configurator import UserError
 from model import KVCache
 from tokenizer import TextStream
+
+DRAWS = 1024  # uniform numbers that are made at once for each sample
 
 
 def window_start(n_tokens, block_size):
@@ -27,6 +30,7 @@ def window_start(n_tokens, block_size):
 class Context:
     """Rows of tokens and, cached, what the model made of them."""
 
+    @torch.inference_mode()
     def __init__(self, model, rows, columns, static=False):
         """rows: how many. columns: length of the longest window that will be needed, at most block_size. static: as in KVCache,
         for a compiled model."""
@@ -35,8 +39,12 @@ class Context:
         self.autocast = torch.is_autocast_enabled(weight.device.type)
         self.dtype = torch.get_autocast_dtype(weight.device.type) if self.autocast else weight.dtype
         self.cache = KVCache(model.config, rows, min(columns, model.config.block_size), self.device, self.dtype, static)
-        self.rows = [[] for _ in range(rows)]
-        self.starts = [0] * rows  # where each row's window starts
+        self.forget()
+
+    def forget(self):
+        """Begin anew, all rows empty."""
+        n = len(self.cache.lengths)
+        self.rows, self.starts, self.cache.lengths = [[] for _ in range(n)], [0] * n, [0] * n  # starts: of each row's window
 
     def read(self, new):
         """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them."""
@@ -58,7 +66,7 @@ class Context:
 
     def catch_up(self, behind):
         """Read what the cache lacks of these rows, but for their last token. Rows that lack the same are read once."""
-        if len(self.rows) == 1 and self.cache.lengths[0] and not self.cache.static:  # a conversation: go on from where it is
+        if len(self.rows) == 1 and self.cache.lengths[0]:  # a conversation: go on from where it is
             unread = self.rows[0][self.starts[0] + self.cache.lengths[0]:-1]
             self.cache.extend(len(unread))
             self.model.hidden(torch.tensor([unread], device=self.device), self.cache)
@@ -127,7 +135,7 @@ class Sample:
 
     ids: the tokens drawn. log_probs: the logarithm of the model's own probability of each, before temperature and the like.
     text: what they stand for, up to a stop text if one was met. finish_reason: None while it is being drawn, then 'length',
-    'stop' or 'end_of_text'. Without a tokenizer there is no text, and only the length ends it.
+    'stop', 'end_of_text', or whatever finish() was told. Without a tokenizer there is no text, and only the length ends it.
     """
 
     def __init__(self, prompt, seed=(0,), tokenizer=None, stop=(), end_of_text=None):
@@ -136,7 +144,7 @@ class Sample:
         self.prompt, self.seed, self.stop, self.end_of_text = list(prompt), seed, tuple(stop), end_of_text
         self.ids, self.log_probs, self.text, self.finish_reason = [], [], '', None
         self.stream = TextStream(tokenizer) if tokenizer else None
-        self.prompt_text = self.stream.push(self.prompt) if tokenizer else ''
+        self.prompt_text = self.stream.push(self.prompt) + self.stream.flush() if tokenizer else ''
 
     def add(self, token, log_prob=None):
         """Take in the next token that was drawn."""
@@ -171,15 +179,14 @@ class Sample:
 def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=None, static=False):
     """Draw up to max_new_tokens for each of the samples, all in one batch; yields after every token.
 
-    What was drawn is in the samples. log_probs: fill them in too. context: one that has read what came before the only sample;
-    it is left having read all but the last token drawn. static: for a compiled model, keep finished samples in the batch, so
-    that no shape changes. Raises UserError if the model's output is not numbers.
+    What was drawn is in the samples. log_probs: fill them in too. context: one with as many rows as there are samples, which go on
+    from what it has read; it is left having read all but the last token drawn. static: for a compiled model, keep finished samples
+    in the batch, so that no shape changes. Raises UserError if the model's output is not numbers.
     """
     if context is None:
         columns = model.config.block_size if static else max(len(sample.prompt) for sample in samples) + max_new_tokens
         context = Context(model, len(samples), columns, static)
     live, new = list(samples), [sample.prompt for sample in samples]
-    draws = torch.stack([uniforms(max_new_tokens, sample.seed) for sample in samples]).to(context.device)  # (B, max_new_tokens)
     occurred = None
     for n in range(max_new_tokens):
         logits = context.read(new)
@@ -189,7 +196,9 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
                 new = context.rows
             for row, ids in zip(occurred, new):
                 row[ids] = True
-        chosen = sampling.choose(logits, draws[:, n], occurred)
+        if n % DRAWS == 0:
+            draws = torch.stack([uniforms(DRAWS, (*sample.seed, n // DRAWS)) for sample in live]).to(context.device)  # (B, DRAWS)
+        chosen = sampling.choose(logits, draws[:, n % DRAWS], occurred)
         ids = chosen.tolist()  # waits for the device
         if -1 in ids:
             raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')

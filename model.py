@@ -103,7 +103,7 @@ class KVCache:
     The token at position p of a row lies in column p; rows may be of different lengths. Call extend(T) before the model reads
     T more tokens of every row. A row that is given fewer is filled up at the end: what stands there is overwritten before any
     later token sees it, once `lengths` has been set back to the true number. static=True keeps every shape and address as it is
-    from call to call, which a compiled model wants; attention then passes over the empty columns too.
+    from one token to the next, which a compiled model wants; attention then passes over the empty columns too.
     """
 
     def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
@@ -114,10 +114,10 @@ class KVCache:
         self.row_ids = torch.arange(rows, device=device)[:, None]
         self.column_ids = torch.arange(columns, device=device)
         self.static = static
-        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device) if static else None
-        self.mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device) if static else None
         if static:
-            for tensor in (*self.keys, *self.values, self.positions, self.mask):
+            self.static_positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.static_mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
+            for tensor in (*self.keys, *self.values, self.static_positions, self.static_mask):
                 torch._dynamo.mark_static_address(tensor, guard=False)  # so that a CUDA graph writes into it, rather than into a copy
 
     def extend(self, T):
@@ -125,8 +125,8 @@ class KVCache:
         first, end, columns = self.lengths[0], max(self.lengths) + T, len(self.column_ids)
         if end > columns:
             raise ValueError(f'{end} tokens do not fit into {columns} columns')
-        if self.static:
-            self.end, self.span = columns, None
+        if self.static and T == 1:
+            self.end, self.span, self.positions, self.mask = columns, None, self.static_positions, self.static_mask
             self.positions.copy_(torch.tensor(self.lengths)[:, None])
             self.mask.copy_(self.column_ids <= self.positions[:, :, None, None])
         elif end == min(self.lengths) + T:  # all rows alike: a slice, and no mask unless several tokens follow others

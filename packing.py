@@ -29,7 +29,9 @@ def pack(model, device, dtype, quantize=''):
     if quantize == 'int8' and (device.type != 'cpu' or 'fbgemm' not in torch.backends.quantized.supported_engines):
         raise UserError(f'--quantize=int8: runs on x86 processors only, not on this {device.type} device; leave it out')
     if quantize not in ('', 'int8'):
-        raise UserError(f"--quantize={quantize}: unknown; use int8, or leave it out")
+        raise UserError(f'--quantize={quantize}: unknown; use int8, or leave it out')
+    if quantize and dtype != torch.float32:
+        raise UserError('--quantize=int8: goes with --dtype=float32, which everything but the weights then is')
     mkldnn = torch.ops.mkldnn
     onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
               and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
@@ -73,12 +75,12 @@ class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights, a scale for each output, and 8-bit inputs, a scale for each row (Dettmers et al. 2022,
     "LLM.int8()", section 2.1), multiplied by FBGEMM. A row's result depends on that row alone.
 
-    Both sides are symmetric: w ~ scale * q with q in [-127, 127]. Products are summed exactly, in 32-bit integers.
+    Both sides are symmetric: w ~ scale * q with q in [-127, 127]. Products are summed exactly, in 32-bit integers. Without VNNI
+    instructions FBGEMM adds up pairs in 16 bits first: there, inputs get 7 bits, so that no pair overflows.
     """
 
     def __init__(self, linear):
         super().__init__()
-        self.out_features = linear.out_features
         weight = linear.weight.float()
         scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
         zero = torch.zeros(len(scale), dtype=torch.long)
@@ -87,10 +89,11 @@ class Int8Linear(nn.Module):
             quantized = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.bias = None if linear.bias is None else linear.bias.float()
+        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     def forward(self, x):
-        rows = x.reshape(-1, x.size(-1)).float()
-        scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp_min_(1e-12)  # (rows, 1)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows / scale, 1 / 127, 128, self.packed)
-        y = torch.addcmul(self.bias, y, scale) if self.bias is not None else y * scale
-        return y.view(*x.shape[:-1], self.out_features)
+        x = x.float()
+        scale = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_min_(1e-12)  # (..., 1), the largest of a row
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / scale, 1 / self.levels, self.levels + 1, self.packed)
+        return y * scale if self.bias is None else torch.addcmul(self.bias, y, scale)

@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from checkpoint import load_checkpoint, load_pretrained, restore_model
 from configurator import UserError, configure, one_line, require, user_errors
@@ -35,7 +36,7 @@ seed = 1337  # same seed, same text
 batch_size = 32  # texts drawn at once, at most
 stream = True  # show the text while it is drawn; False: each when it is finished
 json = False  # write a JSON object a line for each text: prompt, text, token_ids, log_probs, finish_reason
-interactive = False  # ask for text to continue, again and again
+interactive = False  # ask for text to continue, again and again, one text at a time
 quantize = ''  # 'int8': 8-bit weights on a CPU, two to three times as fast, for a little quality
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
@@ -105,11 +106,11 @@ def make_sample(prompt, *key):
 
 if 'start' not in config.given and spec['kind'] == 'char' and start not in spec['chars']:
     start = spec['chars'][0]  # a vocabulary without a line end: begin with some character that it has
-kind, _, paths = start.partition(':')
-if kind in ('FILE', 'FILES'):
+kind, colon, paths = start.partition(':')
+if colon and kind in ('FILE', 'FILES'):
     places = [path.strip() for path in paths.split(',')] if kind == 'FILES' else [paths]
     prompts = [read_text(path) for path in places]
-elif kind == 'LINES':
+elif colon and kind == 'LINES':
     numbered = [(f'{paths}, line {n}', line) for n, line in enumerate(read_text(paths).split('\n'), 1) if line]
     if not numbered:
         raise UserError(f'--start={start}: the file has no lines with anything in them')
@@ -121,13 +122,27 @@ if interactive and len(prompts) > 1:
     raise UserError(f'--interactive=True: continues one prompt, not {len(prompts)}')
 
 # --- compilation ------------------------------------------------------------------------------------------------------
+context = None  # what is compiled for is one batch of one size, kept from the first text to the last
 if compile:
+    batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
+    with autocast(device, dtype):
+        context = Context(model, batch_size, model.config.block_size, static=True)
+
     def trial():
         with autocast(device, dtype):
-            samples = [make_sample(encoded[0]) for _ in range(1 if interactive else min(batch_size, num_samples * len(prompts)))]
-            for _ in generate(model, samples, 2, sampling, static=True):
+            for _ in generate(model, [make_sample(encoded[0])] * batch_size, 2, sampling, context=context, static=True):
                 pass
-    compile = compile_or_stay_eager(model, trial, **decoding_options(device))
+    if not compile_or_stay_eager(model, trial, **decoding_options(device)):
+        context = None
+
+
+def draw(samples, **options):
+    """generate() for new samples, as many as there are; where the batch has a fixed size, it is filled up."""
+    if context is None:
+        return generate(model, samples, max_new_tokens, sampling, **options)
+    context.forget()
+    filling = [Sample(samples[0].prompt) for _ in range(batch_size - len(samples))]
+    return generate(model, [*samples, *filling], max_new_tokens, sampling, context=context, static=True, **options)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -149,8 +164,10 @@ def write(samples):
             print('\n---------------', flush=True)
             shown, at = 0, at + 1
 
-    for _ in generate(model, samples, max_new_tokens, sampling, static=compile):
+    for _ in draw(samples):
         show()
+        if at == len(samples):
+            break  # what is left is filling
     for sample in samples:
         sample.finish('length')  # when there was nothing to draw
     show()
@@ -159,8 +176,9 @@ def write(samples):
 def write_json(samples, prompts):
     """Draw the samples in one batch and print a JSON object for each."""
     from json import dumps
-    for _ in generate(model, samples, max_new_tokens, sampling, log_probs=True, static=compile):
-        pass
+    for _ in draw(samples, log_probs=True):
+        if all(sample.finish_reason for sample in samples):
+            break
     for sample, prompt in zip(samples, prompts):
         sample.finish('length')
         print(dumps({'prompt': prompt, 'text': sample.text, 'token_ids': sample.ids, 'log_probs': sample.log_probs,
@@ -171,7 +189,10 @@ def converse():
     """Ask for text, continue it, and so on, in one growing context."""
     print('What you type is continued where it stands; \\n in it is a line end, an empty line lets the model go on.\n'
           'Ctrl-C stops an answer, Ctrl-D ends.')
-    context, unread, turn = Context(model, 1, model.config.block_size, static=compile), [], 0
+    with suppress(ImportError):
+        import readline  # noqa: F401  (its import gives input() line editing and history)
+    conversation, unread, turn = context or Context(model, 1, model.config.block_size), [], 0
+    conversation.forget()
     typed = prompts[0] if 'start' in config.given else None
     while True:
         if typed is None:
@@ -190,19 +211,19 @@ def converse():
             continue
         if ids:
             sample = make_sample(ids, turn)
-            answer(sample, context)
+            answer(sample, conversation)
             unread = [token for token in sample.ids[-1:] if token != tokenizer.end_of_text] if sample.ids else ids
             turn += 1
         typed = None
 
 
-def answer(sample, context):
+def answer(sample, conversation):
     """Print the sample as it grows, until it is finished or Ctrl-C is pressed."""
     interrupted = []
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     shown = 0
     try:
-        for _ in generate(model, [sample], max_new_tokens, sampling, context=context, static=compile):
+        for _ in generate(model, [sample], max_new_tokens, sampling, context=conversation, static=conversation.cache.static):
             if interrupted:
                 sample.finish('interrupted')
             print(sample.text[shown:sample.settled()], end='', flush=True)

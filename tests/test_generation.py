@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CHARS
 
+import generation
 from checkpoint import to_hugging_face
 from configurator import UserError
 from generation import Context, Sample, Sampling, generate, uniforms, window_start
@@ -32,11 +33,11 @@ def make_model(seed=0, **options):
 @torch.no_grad()
 def recompute(model, prompt, n, sampling, key):
     """The definition: the model sees row[window_start:], everything is computed again for every token."""
-    row, draws = list(prompt), uniforms(n, key)
+    row, draws = list(prompt), uniforms(n, (*key, 0))
     for t in range(n):
         occurred = torch.zeros(1, VOCAB, dtype=torch.bool)
         occurred[0, row] = True
-        logits = model(torch.tensor([row[window_start(len(row), BLOCK):]]))[0][:, -1]
+        logits = model(torch.tensor([row[window_start(len(row), model.config.block_size):]]))[0][:, -1]
         row.append(int(sampling.choose(logits, draws[t:t + 1], occurred)))
     return row[len(prompt):]
 
@@ -62,6 +63,13 @@ def test_cached_equals_recomputed(options, static):
         samples = [Sample(prompt, (5, i)) for i, prompt in enumerate(prompts)]
         expected = [recompute(model, prompt, 3 * BLOCK, sampling, (5, i)) for i, prompt in enumerate(prompts)]
         assert draw(model, samples, 3 * BLOCK, sampling, static=static) == expected
+
+
+@pytest.mark.parametrize('block_size', [1, 2, 3])
+def test_the_shortest_windows(block_size):
+    model, prompts = make_model(block_size=block_size), make_prompts(1, 2, 9)
+    samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
+    assert draw(model, samples, 12, Sampling()) == [recompute(model, prompt, 12, Sampling(), (i,)) for i, prompt in enumerate(prompts)]
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
@@ -165,10 +173,12 @@ def test_log_probabilities_are_the_models():
         torch.testing.assert_close(torch.tensor(sample.log_probs).double(), expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_conversation_equals_reading_all_of_it():
+@pytest.mark.parametrize('static', [False, True])
+def test_a_conversation_equals_reading_all_of_it(static):
     model = make_model()
-    context, row, rng = Context(model, 1, BLOCK), [], random.Random(1)
-    with torch.no_grad():
+    context, row, rng = Context(model, 1, BLOCK, static), [], random.Random(1)
+    context.forget()
+    with torch.inference_mode():
         for _ in range(12):
             new = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 9, 40]))]
             row += new
@@ -177,11 +187,37 @@ def test_a_conversation_equals_reading_all_of_it():
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
-    model, rows = make_model(), []
+    model, rows = make_model(), []  # rows: shapes of what the model reads
     hidden = model.hidden
     monkeypatch.setattr(model, 'hidden', lambda idx, cache=None: (rows.append(tuple(idx.shape)), hidden(idx, cache))[1])
     draw(model, [Sample([1, 2, 3, 4], (0, i)) for i in range(6)] + [Sample([5, 6], (0, 0))], 1, Sampling())
     assert rows == [(2, 3), (7, 1)]  # both prompts but for their last tokens, then the last of every row
+    for static in (False, True):
+        rows.clear()
+        context = Context(model, 1, BLOCK, static)
+        for prompt in ([1, 2, 3, 4, 5, 6], [7, 8, 9]):
+            draw(model, [Sample(prompt)], 1, Sampling(), context=context)
+        assert rows == [(1, 5), (1, 1), (1, 2), (1, 1)], 'a second turn reads only what is new'
+
+
+def test_draws_go_on_from_block_to_block(monkeypatch):
+    monkeypatch.setattr(generation, 'DRAWS', 4)
+    model, prompts = make_model(), make_prompts(2, 3)
+    samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
+    draw(model, samples, 10, Sampling())
+    for i, sample in enumerate(samples):
+        draws, row = torch.cat([uniforms(4, (i, block)) for block in range(3)]), list(sample.prompt)
+        for t in range(10):
+            with torch.no_grad():
+                logits = model(torch.tensor([row]))[0][:, -1]
+            row.append(int(Sampling().choose(logits, draws[t:t + 1])))
+        assert row[len(sample.prompt):] == sample.ids
+
+
+def test_a_prompt_that_ends_within_a_character():
+    sample = Sample([0, 1], tokenizer=CharTokenizer('a\ufffd'))
+    sample.add(0)
+    assert (sample.prompt_text, sample.text) == ('a\ufffd', 'a')
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_streaming_shows_the_same(trained, tmp_path):
 
 def test_compiled_drawing(trained, tmp_path):
     """The same text, and one compilation for all tokens: a recompilation would be an error."""
-    arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=2', '--max_new_tokens=40', '--stop=zz')
+    arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=3', '--batch_size=2', '--max_new_tokens=40', '--stop=z')
     compiled = run('sample.py', *arguments, '--compile=True', cwd=tmp_path, TORCH_LOGS='recompiles')
     assert compiled.returncode == 0 and compiled.stdout == run_forked_ok('sample.py', *arguments, cwd=tmp_path)
     if 'torch.compile does not work here' not in compiled.stderr:
