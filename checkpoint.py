@@ -272,6 +272,16 @@ def load_pretrained(name, dropout=0.0):
     return model, pretrained_tokenizer(name, config.vocab_size)
 
 
+def open_model(init_from, out_dir, name):
+    """A model to use, as sample.py and evaluate.py name it: init_from 'resume' for the checkpoint `name` in out_dir, else what
+    load_pretrained takes -> (GPT, tokenizer spec or None, the settings it was trained with, {} if pretrained)."""
+    if init_from != 'resume':
+        return *load_pretrained(init_from), {}
+    path = os.path.join(out_dir, name)
+    checkpoint = load_checkpoint(path)
+    return restore_model(checkpoint, path), checkpoint.get('tokenizer'), checkpoint['config']
+
+
 def to_hugging_face(model):
     """A GPT -> transformers' GPT2LMHeadModel with the same weights, in eval mode. UserError if transformers is not installed."""
     try:

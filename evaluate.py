@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from checkpoint import load_checkpoint, load_pretrained, restore_model
+from checkpoint import open_model
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, eval_batches, read_meta
 from packing import pack
@@ -37,13 +37,8 @@ dtype = pick_dtype(dtype, device)
 use_fast_float32(device)
 
 # --- model and data ---------------------------------------------------------------------------------------------------
-if init_from == 'resume':
-    path = os.path.join(out_dir, ckpt)
-    checkpoint = load_checkpoint(path)
-    model, tokenizer = restore_model(checkpoint, path), checkpoint.get('tokenizer')
-    dataset = dataset or checkpoint['config'].get('dataset')
-else:
-    model, tokenizer = load_pretrained(init_from)
+model, tokenizer, trained_with = open_model(init_from, out_dir, ckpt)
+dataset = dataset or trained_with.get('dataset')
 if not dataset or not isinstance(dataset, str):
     raise UserError('--dataset= is needed: the folder below data/ to evaluate on')
 data_dir = os.path.join('data', dataset)

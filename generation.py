@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from dataloader import random_words
 from model import KVCache
 from tokenizer import TextStream
 
@@ -126,7 +127,7 @@ class Sampling:
 
 def uniforms(n, key):
     """n numbers in [0, 1) as float32, a function of the key, a tuple of integers: the same on every device and version."""
-    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    words = random_words(n, *key)
     return torch.from_numpy(np.minimum((words >> np.uint64(40)) / 2**24, 1 - 2**-23).astype(np.float32))  # times any sum < the sum
 
 

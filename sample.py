@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from checkpoint import load_checkpoint, load_pretrained, restore_model
+from checkpoint import open_model
 from configurator import UserError, configure, one_line, require, user_errors
 from dataloader import read_meta
 from generation import Context, Sample, Sampling, generate
@@ -60,16 +60,11 @@ dtype = pick_dtype(dtype, device)
 use_fast_float32(device)
 
 # --- model and tokenizer ----------------------------------------------------------------------------------------------
-if init_from == 'resume':
-    path = os.path.join(out_dir, ckpt)
-    checkpoint = load_checkpoint(path)
-    model, spec = restore_model(checkpoint, path), checkpoint.get('tokenizer')
-    if spec is None:  # nanoGPT's checkpoints name the data set, whose meta.pkl has the characters; without one it is GPT-2's BPE
-        data_dir = os.path.join('data', str(checkpoint['config'].get('dataset')))
-        with user_errors(ValueError, where=f'{data_dir}/meta: '):
-            spec = spec_from_meta(read_meta(data_dir) if os.path.isdir(data_dir) else {})
-else:
-    model, spec = load_pretrained(init_from)
+model, spec, trained_with = open_model(init_from, out_dir, ckpt)
+if spec is None and init_from == 'resume':  # nanoGPT's name the data set, whose meta.pkl has the characters; without it, GPT-2's BPE
+    data_dir = os.path.join('data', str(trained_with.get('dataset')))
+    with user_errors(ValueError, where=f'{data_dir}/meta: '):
+        spec = spec_from_meta(read_meta(data_dir) if os.path.isdir(data_dir) else {})
 if spec is None:
     raise UserError('the model comes with no tokenizer, and its vocabulary is not GPT-2\'s: there is no telling what its ids mean')
 with user_errors(ValueError, where='the tokenizer of the model: '):
