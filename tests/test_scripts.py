@@ -187,6 +187,9 @@ def test_bench_of_decoding(tmp_path, baseline):
     assert output.count('the same tokens') == 2 and 'that memory allows' in output and 'memory reads' in output
     output = run_forked_ok('bench.py', '--mode=decode', *shape, cwd=tmp_path)
     assert 'here, batch 1:' in output and 'here, batch 3:' in output and 'prompt tokens/s' in output and 'peak memory' in output
+    if baseline == 'recompute':  # by a compiled model too, several rounds of two sizes
+        output = run_forked_ok('bench.py', '--mode=decode', *shape, f'--baseline={baseline}', '--compile=True', cwd=tmp_path)
+        assert output.count('the same tokens') == 2
 
 
 @pytest.mark.parametrize('x', ['iter', 'seconds'])
