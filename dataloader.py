@@ -132,16 +132,20 @@ def random_words(n, *key):
 class TrainBatches:
     """The training order of one rank.
 
-    A step's global batch is `micro_batches` micro-batches of `batch_size` windows. order 'random': windows start anywhere,
+    A step's global batch is `micro_batches` micro-batches of `batch_size` windows. ramp, (first, steps): it begins with `first`
+    of them and grows linearly over so many steps, in multiples of `first`. order 'random': windows start anywhere,
     as in nanoGPT. order 'shuffle': an epoch cuts the split into windows side by side, at an offset of its own, and takes
     each once in an order of its own. Of the global batch, rank r of w takes every w-th micro-batch, beginning with the r-th.
     """
 
-    def __init__(self, tokens, block_size, batch_size, micro_batches, seed, order, ranks, device, step=0):
+    def __init__(self, tokens, block_size, batch_size, micro_batches, seed, order, ranks, device, step=0, ramp=(0, 0)):
         tokens.require_window(block_size)
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.micro_batches, self.seed, self.order = micro_batches, seed, order
-        self.ranks, self.device = ranks, device
+        self.seed, self.order, self.ranks, self.device = seed, order, ranks, device
+        first, steps = ramp
+        self.ramp = [first + (micro_batches - first) * s // steps // first * first for s in range(steps)]  # micro-batches of each step
+        self.ramp.append(micro_batches)  # and of all further ones
+        self.ramp_starts = np.cumsum([0, *self.ramp])  # micro-batches before each step
         self.step, self.micro = step, ranks.rank  # what next() takes next
         self.cached_step, self.cached_starts = None, None
         self.epochs = {}  # the orders of the last two epochs: a step may end one and begin the next
@@ -152,17 +156,24 @@ class TrainBatches:
             self.cached_step, self.cached_starts = self.step, self.window_starts(self.step)
         starts = self.cached_starts[self.micro * self.batch_size:][:self.batch_size]
         self.micro += self.ranks.world_size
-        if self.micro >= self.micro_batches:
+        if self.micro >= self.micro_batches_at(self.step):
             self.step, self.micro = self.step + 1, self.ranks.rank
         return to_device(self.tokens.windows(starts, self.block_size + 1), self.device)
 
+    def micro_batches_at(self, step):
+        """Micro-batches in the global batch of a step."""
+        return self.ramp[min(step, len(self.ramp) - 1)]
+
     def window_starts(self, step):
-        """Offsets of the windows in the global batch of a step -> int array (micro_batches * batch_size,)."""
-        size = self.micro_batches * self.batch_size
+        """Offsets of the windows in the global batch of a step -> int array (micro_batches_at(step) * batch_size,)."""
+        size = self.micro_batches_at(step) * self.batch_size
         if self.order == 'random':
             return random_words(size, self.seed, step) % np.uint64(len(self.tokens) - self.block_size)
         n_windows = max(1, len(self.tokens) // self.block_size - 1)  # fit at any offset up to a window's length
-        starts, position, end = [], step * size, (step + 1) * size
+        ramp_end = len(self.ramp) - 1
+        before = self.ramp_starts[min(step, ramp_end)] + max(0, step - ramp_end) * self.ramp[-1]  # micro-batches
+        starts, position = [], int(before) * self.batch_size
+        end = position + size
         while position < end:
             epoch, first = divmod(position, n_windows)
             starts.append(self.shuffled_starts(epoch, n_windows)[first:first + end - position])

@@ -1,10 +1,10 @@
-"""The GPT-2 transformer (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+"""The GPT-2 transformer (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), and what came after it.
 
-Decoder-only, pre-norm, learned positions, tied embedding and head. Parameter names and shapes are nanoGPT's, so that its
-checkpoints load here and ours load there.
+Decoder-only, pre-norm. By default it is GPT-2: learned positions, layer norm, GELU, tied embedding and head, under nanoGPT's
+names and shapes, so that its checkpoints load here and ours load there. Every other choice is a field of GPTConfig.
 
 Letters in the shape comments:  B batch   T tokens   C width (n_embd)   nh heads   hs head size (C / nh)   V vocabulary
-                                S positions that the cache holds
+                                nkv heads of keys and values   S positions that the cache holds
 """
 import math
 from dataclasses import dataclass
@@ -13,9 +13,16 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-MLP_ACTIVATIONS = {
-    'gelu': nn.GELU,                                    # exact, by erf: nanoGPT's
-    'gelu_tanh': lambda: nn.GELU(approximate='tanh'),   # OpenAI's and Hugging Face's GPT-2 ('gelu_new')
+from kernels import attention, linear_cross_entropy
+
+POSITIONS = ('learned', 'rope', 'alibi', 'none')
+NORMS = ('layernorm', 'rmsnorm')
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32; more of them are made and used up in pieces
+ACTIVATIONS = {
+    'gelu': F.gelu,                                     # exact, by erf: nanoGPT's
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # OpenAI's and Hugging Face's GPT-2 ('gelu_new')
+    'relu2': lambda x: F.relu(x).square(),              # So et al. 2021, "Primer"
+    'swiglu': F.silu,                                   # of a gate (Shazeer 2020, eq. 6)
 }
 
 
@@ -29,7 +36,14 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in the linear and normalisation layers, as in GPT-2
-    mlp: str = 'gelu'
+    mlp: str = 'gelu'  # one of ACTIVATIONS; 'swiglu' has a gate, and is narrower in turn
+    pos: str = 'learned'  # one of POSITIONS
+    norm: str = 'layernorm'  # one of NORMS
+    qk_norm: bool = False  # bring queries and keys to unit root mean square, so that no logit of attention outgrows sqrt(hs)
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head queries (Ainslie et al. 2023); 0: n_head
+    tie_weights: bool = True  # embedding and head are one matrix (Press and Wolf 2017)
+    logit_softcap: float = 0.0  # squash logits into (-cap, cap) by tanh (Gemma 2, section 2); 0: leave them
+    zero_init: bool = False  # what writes into the residual stream starts at zero, so that each layer starts as the identity
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -40,8 +54,63 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal share')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout!r}: must be in [0, 1)')
-        if self.mlp not in MLP_ACTIVATIONS:
-            raise ValueError(f'mlp={self.mlp!r}: must be one of {", ".join(MLP_ACTIVATIONS)}')
+        for name, known in (('mlp', ACTIVATIONS), ('pos', POSITIONS), ('norm', NORMS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name}={getattr(self, name)!r}: must be one of {", ".join(known)}')
+        if type(self.n_kv_head) is not int or self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
+            raise ValueError(f'n_kv_head={self.n_kv_head!r}: must divide n_head={self.n_head}, or be 0 for as many')
+        if self.pos == 'rope' and self.n_embd // self.n_head % 2:
+            raise ValueError(f'n_embd={self.n_embd}, n_head={self.n_head}: pos=rope turns pairs, the head size must be even')
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ValueError(f'logit_softcap={self.logit_softcap!r}: must be a number from 0 on')
+
+    @property
+    def kv_heads(self):
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self):
+        """Width inside the MLP: 4C; a gated one has three matrices in place of two, so 8/3 C, up to a multiple of 64."""
+        return -(-8 * self.n_embd // 192) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd
+
+
+def make_norm(config):
+    """A normalisation layer over C."""
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rope_angles(positions, hs, dtype):
+    """Angles by which rotary embedding turns each pair at each position (Su et al. 2021, eq. 34): positions (T,) or (B, T) ->
+    their cosines and sines, (T, hs) or (B, 1, T, hs). The pairs are i and i + hs / 2, as in Llama."""
+    frequencies = 10000.0 ** (torch.arange(0, hs, 2, device=positions.device, dtype=dtype) / -hs)
+    angles = positions[..., None].to(dtype) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    if angles.dim() == 3:
+        angles = angles[:, None]  # the same for all heads
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of x (B, nh, T, hs) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def alibi_mask(positions, S, mask, n_head, dtype):
+    """What ALiBi adds to attention's logits (Press et al. 2022, section 3): a slope of the head's times the distance, -inf where
+    a position is not seen. positions: (T,) or (B, T), mask: what may be seen, of the S columns -> (nh, T, S) or (B, nh, T, S)."""
+    power = 2 ** math.floor(math.log2(n_head))  # slopes 2^(-8/n), 2^(-16/n), …; heads beyond a power of two lie in between
+    exponents = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(n_head - power)]
+    slopes = torch.tensor([2 ** -e for e in exponents], device=positions.device, dtype=dtype)
+    columns = torch.arange(S, device=positions.device)
+    distance = (columns - positions[..., None]).to(dtype)  # (T, S) or (B, T, S), 0 or less where it counts
+    if distance.dim() == 3:
+        distance = distance[:, None]
+    seen = columns <= positions[..., None] if mask is None else mask
+    return (slopes[:, None, None] * distance).masked_fill(~seen, -math.inf)
 
 
 class CausalSelfAttention(nn.Module):
@@ -49,36 +118,47 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.n_kv_head, self.qk_norm = config.n_head, config.kv_heads, config.qk_norm
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values in one product
+        heads = self.n_head + 2 * self.n_kv_head
+        self.c_attn = nn.Linear(config.n_embd, heads * config.n_embd // config.n_head, bias=config.bias)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, mask=None, angles=None, cache=None, layer=0):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()  # (B, nh, T, hs) each
-        mask = None
-        if cache is not None:  # k and v of everything read so far, S positions of it
-            (k, v), mask = cache.update(layer, k, v), cache.mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        heads = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if self.qk_norm:
+            q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # those of everything read so far, S positions of it
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation, four times as wide inside."""
+    """Two linear layers around an activation, wider inside."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.activation = MLP_ACTIVATIONS[config.mlp]()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gated = config.mlp == 'swiglu'
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (1 + self.gated), bias=config.bias)  # gate and value in one product
+        self.activation = ACTIVATIONS[config.mlp]
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = self.activation(gate) * x
+        else:
+            x = self.activation(x)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -86,13 +166,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, mask=None, angles=None, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), mask, angles, cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -107,7 +187,7 @@ class KVCache:
     """
 
     def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
-        shape = (rows, config.n_head, columns, config.n_embd // config.n_head)
+        shape = (rows, config.kv_heads, columns, config.n_embd // config.n_head)
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
                                   for _ in range(2))  # zeros, as even a masked column must hold a number
         self.lengths = [0] * rows  # tokens in each row
@@ -140,12 +220,12 @@ class KVCache:
         self.lengths = [length + T for length in self.lengths]
 
     def update(self, layer, k, v):
-        """Store the keys and values of the new tokens, (B, nh, T, hs) each -> those of all tokens, (B, nh, S, hs) each."""
+        """Store the keys and values of the new tokens, (B, nkv, T, hs) each -> those of all tokens, (B, nkv, S, hs) each."""
         keys, values = self.keys[layer], self.values[layer]
         if self.span is not None:
             keys[:, :, self.span], values[:, :, self.span] = k, v
         else:
-            at = (self.row_ids, slice(None), self.positions)  # indexes to (B, T, nh, hs)
+            at = (self.row_ids, slice(None), self.positions)  # indexes to (B, T, nkv, hs)
             keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
         return keys[:, :, :self.end], values[:, :, :self.end]
 
@@ -172,58 +252,76 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=make_norm(config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self.init_weights()
 
     def tie_weights(self):
-        """Let the embedding and the head be one matrix (Press and Wolf 2017)."""
-        self.transformer.wte.weight = self.lm_head.weight
+        """Let the embedding and the head be one matrix, if config.tie_weights says so."""
+        if self.config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's initialisation: N(0, 0.02), biases zero, and each layer's two writes into the residual stream scaled
-        down by the square root of their number, so that the stream's variance does not grow with depth (section 2.3)."""
+        down by the square root of their number, so that the stream's variance does not grow with depth (section 2.3); with
+        zero_init they start at zero (Zhang et al. 2019, "Fixup")."""
         std = 0.02
         for name, parameter in self.named_parameters():
             if name.endswith('c_proj.weight'):
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
-            elif parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith('bias'):
-                nn.init.zeros_(parameter)
+                nn.init.normal_(parameter, std=0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith(('.bias', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
+                nn.init.constant_(parameter, 0.0 if name.endswith('.bias') else 1.0)  # gains are 1
             else:
-                nn.init.ones_(parameter)  # normalisation gains
+                assert name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight', 'c_attn.weight', 'c_fc.weight')), name
+                nn.init.normal_(parameter, std=std)
 
     def hidden(self, idx, cache=None):
         """idx: (B, T) int64 token ids, T <= block_size -> the final hidden states, (B, T, C). With a KVCache, extended by T, idx
         continues what was read before. Raises ValueError if T exceeds block_size."""
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens do not fit into block_size={self.config.block_size}')
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        T, config = idx.size(1), self.config
+        if T > config.block_size:
+            raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
+        positions, mask = (torch.arange(T, device=idx.device), None) if cache is None else (cache.positions, cache.mask)
+        x = self.transformer.wte(idx)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        angles = None
+        if config.pos == 'learned':
+            x = x + self.transformer.wpe(positions)
+        elif config.pos == 'rope':
+            angles = rope_angles(positions, config.n_embd // config.n_head, dtype)
+        elif config.pos == 'alibi':
+            mask = alibi_mask(positions, T if cache is None else cache.end, mask, config.n_head, dtype)
+        x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
+            x = block(x, mask, angles, cache, layer)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None):
+    def logits(self, x):
+        """Hidden states (..., C) -> logits (..., V)."""
+        logits, cap = self.lm_head(x), self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(self, idx, targets=None, cache=None, with_logits=True):
         """idx, cache: as in hidden(). targets: (B, T) ids to predict, -1 where there is none.
 
         Returns (logits, loss). With targets: logits (B, T, V) and the mean cross-entropy in nats, a scalar. Without: logits
-        of the last position only, (B, 1, V), and None.
+        of the last position only, (B, 1, V), and None. with_logits=False leaves logits out, None in their place, so that those of
+        a large vocabulary are never in memory all at once.
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self.logits(x[:, -1:]), None
+        if not with_logits and targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE:
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets, self.config.logit_softcap, LOGITS_AT_ONCE)
+        logits = self.logits(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        return logits if with_logits else None, loss
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
         """Extend each row of idx (B, T), T >= 1, by max_new_tokens drawn tokens -> (B, T + max_new_tokens).
@@ -241,18 +339,21 @@ class GPT(nn.Module):
     def num_params(self, non_embedding=True):
         """Number of parameters; those of the position table are not counted unless non_embedding=False."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        positions = self.transformer.wpe.weight.numel() if self.config.pos == 'learned' else 0
+        return total - positions if non_embedding else total
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward for one token of a full block (PaLM, Chowdhery et al. 2022,
-        appendix B): 6 per parameter, and 12 per layer, channel and position for attention's two products."""
+        appendix B): 6 per parameter that is multiplied by, and 12 per layer, channel and position for attention's two products."""
         config = self.config
-        return 6 * self.num_params() + 12 * config.n_layer * config.n_embd * config.block_size
+        multiplied = self.num_params() - (0 if config.tie_weights else self.transformer.wte.weight.numel())
+        return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.block_size
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size <= config.block_size tokens by dropping the later position embeddings."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'block_size={block_size}: the model has {self.config.block_size} positions and can only be cropped')
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
+        if self.config.pos == 'learned':
+            self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
 

@@ -1,7 +1,11 @@
-"""How weights move: parameter groups, the optimizer, the learning rate's schedule."""
+"""How weights move: parameter groups, the optimizers, the learning rate's and the batch size's schedules."""
 import math
 
 import torch
+import torch.distributed as dist
+
+# Newton-Schulz coefficients of Jordan et al. 2024: steep at zero, so that small singular values grow fast, and no closer to 1 than needed
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class AdamW:
@@ -14,25 +18,35 @@ class AdamW:
     def __init__(self, groups, lr, betas, eps=1e-8):
         """groups: dicts with 'params', float32 tensors of one device, and 'weight_decay'."""
         self.param_groups = [{'lr': lr, 'betas': betas, 'eps': eps, **group} for group in groups]
-        self.state = {p: {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
-                      for p in self.parameters()}
+        self.state = {p: self.buffers_for(p, group) for group in self.param_groups for p in group['params']}
+
+    def buffers_for(self, p, group):
+        """What is remembered of a parameter in a group, before the first update."""
+        return {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
 
     def parameters(self):
         """All parameters, in the order of the groups."""
         return [p for group in self.param_groups for p in group['params']]
 
     @torch.no_grad()
-    def step(self):
-        """One update from the gradients in .grad; parameters without one stay."""
+    def step(self, skip=None):
+        """One update from the gradients in .grad; parameters without one stay. skip: a tensor, True to change nothing after all,
+        so that gradients which are not finite can be passed over without waiting for the device to tell."""
         for group in self.param_groups:
-            parameters = [p for p in group['params'] if p.grad is not None]
-            buffers = [self.state[p] for p in parameters]
-            steps, means, squares = ([buffer[name] for buffer in buffers] for name in ('step', 'exp_avg', 'exp_avg_sq'))
-            torch._foreach_add_(steps, 1)
-            beta1, beta2 = group['betas']
-            torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group['lr'],
-                                beta1=beta1, beta2=beta2, weight_decay=group['weight_decay'], eps=group['eps'],
-                                amsgrad=False, maximize=False)
+            self.step_group(group, skip)
+
+    def step_group(self, group, skip):
+        parameters = [p for p in group['params'] if p.grad is not None]
+        buffers = [self.state[p] for p in parameters]
+        steps, means, squares = ([buffer[name] for buffer in buffers] for name in ('step', 'exp_avg', 'exp_avg_sq'))
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group['betas']
+        found_inf = None if skip is None else skip.float()
+        torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group['lr'],
+                            beta1=beta1, beta2=beta2, weight_decay=group['weight_decay'], eps=group['eps'],
+                            amsgrad=False, maximize=False, found_inf=found_inf)
+        if skip is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
 
     def zero_grad(self):
         """Forget the gradients and give their memory back."""
@@ -59,36 +73,120 @@ class AdamW:
         if not set(state) <= set(range(sum(counts))):
             raise ValueError('it has buffers of parameters that the model does not have')
         for number, p in enumerate(self.parameters()):
-            buffers = state.get(number, {'step': torch.tensor(0.0), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)})
+            buffers = state.get(number, {name: torch.zeros_like(ours) for name, ours in self.state[p].items()})
             if not isinstance(buffers, dict) or not self.state[p].keys() <= buffers.keys():
-                raise ValueError(f'the buffers of parameter {number} are not those of AdamW')
+                raise ValueError(f'the buffers of parameter {number} are not those of {type(self).__name__}')
             for name, ours in self.state[p].items():
                 if not torch.is_tensor(buffers[name]) or buffers[name].shape != ours.shape:
                     raise ValueError(f'{name} of parameter {number} is not a tensor of {tuple(ours.shape)}')
                 ours.copy_(buffers[name])
 
 
-def make_optimizer(model, learning_rate, weight_decay, betas):
-    """AdamW over two groups: matrices and embeddings decay, biases and gains do not.
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") for groups with a 'momentum', AdamW for
+    the rest.
 
-    The order of groups and parameters is nanoGPT's, so that the optimizer state in its checkpoints fits.
+    A matrix moves by the momentum of its gradient with all singular values made about 1. Matrices of one shape are stacked, so
+    that their iterations are a few batched products; several ranks share a stack out and exchange what they computed.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]  # a tied matrix appears once
+
+    def __init__(self, groups, lr, betas, ranks, dtype=torch.float32):
+        """groups: as for AdamW, and some of matrices only with 'momentum' and 'rows': for each matrix the numbers of rows after
+        which to cut it into matrices of their own. ranks: runtime.Ranks, of equal gradients. dtype: that the iteration runs in."""
+        self.ranks, self.dtype = ranks, dtype
+        super().__init__(groups, lr, betas)
+
+    def buffers_for(self, p, group):
+        return {'momentum': torch.zeros_like(p)} if 'momentum' in group else super().buffers_for(p, group)
+
+    def step_group(self, group, skip):
+        if 'momentum' not in group:
+            return super().step_group(group, skip)
+        lr, beta = group['lr'], group['momentum']
+        go = 1.0 if skip is None else (~skip).float()
+        shapes = {}  # (m, n), m <= n, to the matrices of that shape and their transposes: the iteration is the same
+        for p, rows in zip(group['params'], group['rows']):
+            if p.grad is not None:
+                for matrix in zip(p.split(rows), p.grad.split(rows), self.state[p]['momentum'].split(rows)):
+                    shape = tuple(sorted(matrix[0].shape))
+                    shapes.setdefault(shape, []).append([x if x.shape == shape else x.t() for x in matrix] + [p.size(1) / len(matrix[0])])
+        for weights, gradients, momenta, ratios in (zip(*matrices) for matrices in shapes.values()):
+            gradient, momentum = torch.stack(gradients), torch.stack(momenta)  # (matrices, m, n)
+            if skip is not None:
+                gradient = torch.where(skip, momentum, gradient)  # which leaves the momentum as it is
+            momentum.lerp_(gradient, 1 - beta)
+            direction = self.orthogonalize(gradient.lerp_(momentum, beta)) * go  # Nesterov's: the gradient counts once more
+            torch._foreach_copy_(momenta, momentum.unbind())
+            torch._foreach_mul_(weights, 1 - lr * group['weight_decay'] * go)
+            torch._foreach_add_(weights, torch._foreach_mul(direction.unbind(), [-lr * max(1, 1 / ratio) ** 0.5 for ratio in ratios]))
+
+    def orthogonalize(self, stack):
+        """orthogonalize() of a stack, of which each rank computes its share."""
+        n, world_size = len(stack), self.ranks.world_size
+        if world_size == 1:
+            return orthogonalize(stack, self.dtype)
+        share = -(-n // world_size)
+        padded = torch.cat((stack, stack.new_zeros(world_size * share - n, *stack.shape[1:])))
+        out = torch.empty_like(padded)
+        dist.all_gather_into_tensor(out, orthogonalize(padded[self.ranks.rank * share:][:share], self.dtype))
+        return out[:n]
+
+
+def orthogonalize(stack, dtype=torch.float32, steps=5):
+    """The nearest semi-orthogonal matrix of each in a stack (N, m, n), m <= n, roughly: singular values end between 0.7 and 1.2.
+
+    The quintic Newton-Schulz iteration of Jordan et al. 2024, as products alone, in dtype.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = (stack / (stack.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # no singular value is above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b x x' + c x x' x x') x
+    return x.to(stack.dtype)
+
+
+def make_optimizer(model, learning_rate, weight_decay, betas, kind='adamw', muon_learning_rate=0.02, muon_momentum=0.95,
+                   ranks=None, dtype=torch.float32):
+    """The optimizer of a model. kind 'adamw': AdamW; 'muon': Muon for the matrices of the layers, AdamW for the rest.
+
+    Matrices and embeddings decay, biases and gains do not. A group's learning rate is its 'lr_scale' times the run's. ranks and
+    dtype: as for Muon, whose iteration runs in bfloat16 if that is the dtype of the run, in float32 otherwise.
+    For AdamW, the order of groups and parameters is nanoGPT's, so that the optimizer state in its checkpoints fits.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a tied matrix appears once
+    hidden = {p: name for name, p in named if kind == 'muon' and p.dim() == 2 and name.startswith('transformer.h.')}
     groups = [
-        {'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
-        {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},
+        {'params': [p for _, p in named if p.dim() >= 2 and p not in hidden], 'weight_decay': weight_decay, 'lr_scale': 1.0},
+        {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0, 'lr_scale': 1.0},
     ]
-    assert sum(len(group['params']) for group in groups) == len(parameters)
-    return AdamW(groups, lr=learning_rate, betas=betas)
+    if kind == 'muon':
+        rows = [qkv_rows(p) if name.endswith('c_attn.weight') else [len(p)] for p, name in hidden.items()]
+        groups.append({'params': list(hidden), 'rows': rows, 'weight_decay': weight_decay, 'momentum': muon_momentum,
+                       'lr_scale': muon_learning_rate / learning_rate})
+    everything = [p for group in groups for p in group['params']]
+    assert len(everything) == len(set(everything)) and set(everything) == {p for _, p in named}
+    if kind == 'muon':
+        return Muon(groups, learning_rate, betas, ranks, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return AdamW(groups, learning_rate, betas)
 
 
-def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
+def qkv_rows(weight):
+    """Rows of c_attn's weight that make queries, keys and values. Each is a matrix to Muon, as it would be on its own."""
+    q = weight.size(1)
+    return [q, (len(weight) - q) // 2, (len(weight) - q) // 2]
+
+
+def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters, cooldown_iters=0):
     """Learning rate of update `step` (from 0): a linear warm-up, then half a cosine down to min_lr at lr_decay_iters
-    (Loshchilov and Hutter 2017, eq. 5, without restarts), then min_lr."""
+    (Loshchilov and Hutter 2017, eq. 5, without restarts), then min_lr. With cooldown_iters the rate stays the highest
+    instead, and falls linearly to min_lr over so many updates up to lr_decay_iters (Hu et al. 2024, "MiniCPM", section 4)."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     if step >= lr_decay_iters:
         return min_lr
+    if cooldown_iters:
+        return min_lr + min(1, (lr_decay_iters - step) / cooldown_iters) * (learning_rate - min_lr)
     progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # in [0, 1): lr_decay_iters > step >= warmup_iters
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 

@@ -137,13 +137,21 @@ class Ranks:
         """True on the one rank that prints and writes."""
         return self.rank == 0
 
-    def sum(self, values, device):
-        """Element-wise sum over the ranks of a list of floats -> list. A collective: every rank must call it."""
+    def sum(self, values):
+        """Element-wise sum over the ranks of a list of floats -> list. A collective: every rank must call it. The ranks' hosts do
+        it among themselves, so that no device has to be waited for."""
         if self.world_size == 1:
             return list(values)
-        total = torch.tensor(values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def mean(self, tensor):
+        """Mean of a tensor over the ranks, made in place, on its device and in its queue. A collective."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
 
 
 def find_ranks():
@@ -168,7 +176,10 @@ def join_ranks(backend, device, ranks):
     if backend == 'nccl' and device.type != 'cuda':
         raise UserError(f'--backend=nccl: works between CUDA devices only, not on {device.type}; use auto or gloo')
     with user_errors(ValueError, dist.DistError, where='cannot connect the ranks: '):
-        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+        if backend == 'nccl':  # and gloo beside it, for what the hosts tell one another
+            dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device)
+        else:
+            dist.init_process_group(backend)
 
 
 def leave_ranks(ranks):
@@ -241,9 +252,9 @@ class StopSignal:
         if 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun repeats the signal: there, only its own SIGKILL ends at once
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
-    def on_any(self, ranks, device):
+    def on_any(self, ranks):
         """Has any rank been told to stop? A collective: every rank must call it, and all get the same answer."""
-        return ranks.sum([float(self.received is not None)], device)[0] > 0
+        return ranks.sum([float(self.received is not None)])[0] > 0
 
 
 class Stopwatch:

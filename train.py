@@ -28,11 +28,11 @@ from checkpoint import (
 )
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
+from kernels import use_onednn_products
 from metrics import NoLog, RunLog, start_wandb
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer, update_ratio
 from runtime import (
-    Ranks,
     StopSignal,
     Stopwatch,
     autocast,
@@ -66,24 +66,40 @@ data_order = 'random'  # 'random': windows start anywhere; 'shuffle': every wind
 gradient_accumulation_steps = 5 * 8  # micro-batches in an update, all ranks together
 batch_size = 12  # windows in a micro-batch
 block_size = 1024  # tokens in a window, the model's context
+batch_ramp_from = 0  # micro-batches in the first update, a divisor of gradient_accumulation_steps; 0: all of them from the start
+batch_ramp_iters = 0  # updates over which their number grows from there to gradient_accumulation_steps
 # model
 n_layer = 12  # transformer layers
 n_head = 12  # attention heads in a layer
 n_embd = 768  # width, divisible by n_head
 dropout = 0.0  # share of activations dropped; 0 suits pretraining, 0.1 and more small data and fine-tuning
 bias = False  # biases in linear and normalisation layers; GPT-2 has them, without is a little better and faster
+pos = 'learned'  # positions: 'learned', 'rope', 'alibi', 'none'
+norm = 'layernorm'  # 'layernorm', 'rmsnorm'
+mlp = 'gelu'  # activation: 'gelu', 'gelu_tanh', 'relu2', 'swiglu'
+qk_norm = False  # normalise queries and keys
+n_kv_head = 0  # heads of keys and values, a divisor of n_head; 0: n_head
+tie_weights = True  # embedding and head are one matrix
+logit_softcap = 0.0  # squash logits into plus or minus this; 0: leave them
+zero_init = False  # the layers' writes into the residual stream start at zero
+vocab_multiple = 1  # round a new model's vocabulary up to a multiple of this; 64 suits matrix units
 # optimizer
-learning_rate = 6e-4  # the highest
+optimizer = 'adamw'  # 'adamw'; 'muon': Muon for the layers' matrices, AdamW for the rest
+learning_rate = 6e-4  # the highest, of AdamW
+muon_learning_rate = 0.02  # Muon's, on the same schedule
+muon_momentum = 0.95  # Muon's mean of gradients
 max_iters = 600000  # updates in all
-weight_decay = 1e-1  # AdamW's, on matrices and embeddings
+weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # AdamW's mean of gradients
 beta2 = 0.95  # AdamW's mean of squared gradients; closer to 1 for small batches
 grad_clip = 1.0  # clip the gradient's norm to this; 0 for never
 max_skipped_iters = 20  # stop after so many updates in a row whose loss or gradient was not finite
 patience = 0  # stop after so many evaluations without a lower validation loss; 0 for never
+target_val_loss = 0.0  # stop as soon as the validation loss is this low; 0 for never
 decay_lr = True  # follow the schedule below; False: learning_rate throughout
 warmup_iters = 2000  # updates of linear warm-up
 lr_decay_iters = 600000  # updates until min_lr is reached, usually max_iters
+cooldown_iters = 0  # of them, the last so many go down linearly from a constant rate; 0: all follow a cosine
 min_lr = 6e-5  # the lowest after warm-up, usually learning_rate / 10
 # machine
 seed = 1337  # of the initial weights, the data order and dropout
@@ -94,26 +110,30 @@ compile = True  # compile the model: slow to start, faster to run
 config = configure(globals())
 
 require(config, lambda v: v >= 1, 'at least 1', 'eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
-        'batch_size', 'block_size', 'max_skipped_iters')
+        'batch_size', 'block_size', 'max_skipped_iters', 'vocab_multiple')
 require(config, lambda v: 0 <= v < math.inf, 'a number from 0 on', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-        'warmup_iters', 'lr_decay_iters', 'patience', 'seed')
-require(config, lambda v: 0 <= v < 1, 'in [0, 1)', 'dropout', 'beta1', 'beta2')
+        'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'patience', 'seed', 'target_val_loss', 'muon_learning_rate',
+        'batch_ramp_from', 'batch_ramp_iters')
+require(config, lambda v: 0 <= v < 1, 'in [0, 1)', 'dropout', 'beta1', 'beta2', 'muon_momentum')
+require(config, lambda v: v in ('adamw', 'muon'), "'adamw' or 'muon'", 'optimizer')
 require(config, lambda v: v in ('random', 'shuffle'), "'random' or 'shuffle'", 'data_order')
 
 # --- device and ranks -----------------------------------------------------------------------------------------------------
 watch = Stopwatch()
 ranks = find_ranks()
-if gradient_accumulation_steps % ranks.world_size and not eval_only:
+for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
     w = ranks.world_size
-    lower = gradient_accumulation_steps // w * w
-    raise UserError(f'--gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided among {w} ranks: use '
-                    f'{f"{lower} or " if lower else ""}{lower + w}')
-local_accumulation_steps = gradient_accumulation_steps // ranks.world_size
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+    if config[key] % w and not eval_only:
+        lower = config[key] // w * w
+        raise UserError(f'--{key}={config[key]} cannot be divided among {w} ranks: use {f"{lower} or " if lower else ""}{lower + w}')
+batch_ramp_from = batch_ramp_from or gradient_accumulation_steps
+if gradient_accumulation_steps % batch_ramp_from:
+    raise UserError(f'--batch_ramp_from={batch_ramp_from}: must divide --gradient_accumulation_steps={gradient_accumulation_steps}')
 device = pick_device(device, ranks)
 dtype = pick_dtype(dtype, device)
 join_ranks(backend, device, ranks)
 use_fast_float32(device)
+use_onednn_products(device)
 
 
 def say(*words):
@@ -133,22 +153,24 @@ train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) 
 # --- model ----------------------------------------------------------------------------------------------------------------
 iter_num, best_val_loss, best_iter, evaluated_at = 0, math.inf, 0, -1  # iter_num counts the updates made
 resumed = None  # the checkpoint to go on from
-SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'n_kv_head', 'tie_weights', 'logit_softcap',
+         'zero_init')
 seed_all(seed)
 if init_from == 'scratch':
     vocab_size = GPTConfig.vocab_size if tokenizer == GPT2_SPEC else tokenizer_vocab_size
+    vocab_size = -(-vocab_size // vocab_multiple) * vocab_multiple
     with user_errors(ValueError):
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in SHAPE}))
 elif init_from == 'resume':
     path = os.path.join(out_dir, LATEST)
     resumed = load_checkpoint(path)
-    for key in SHAPE:  # unless asked for, the shape is the checkpoint's, as in nanoGPT
-        if key in config.given and config[key] != resumed['model_args'].get(key):
-            raise UserError(f'--{key}={config[key]}: the run in {path} has {key}={resumed["model_args"].get(key)}; leave it out to resume, '
-                            'or start another run with another --out_dir')
     if resumed.get('tokenizer') not in (None, tokenizer):
         raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
     model = restore_model(resumed, path, dropout)
+    for key in SHAPE:  # unless asked for, the shape is the checkpoint's, as in nanoGPT
+        if key in config.given and config[key] != getattr(model.config, key):
+            raise UserError(f'--{key}={config[key]}: the run in {path} has {key}={getattr(model.config, key)}; leave it out to resume, '
+                            'or start another run with another --out_dir')
     iter_num, evaluated_at = resumed['iter_num'], resumed['evaluated_at']
     if os.path.exists(os.path.join(out_dir, BEST)):
         best_val_loss, best_iter = resumed['best_val_loss'], resumed['best_iter']
@@ -171,13 +193,14 @@ if resumed:
 if tokenizer_vocab_size > model.config.vocab_size:
     raise UserError(f'{data_dir} has a vocabulary of {tokenizer_vocab_size}, the model of {model.config.vocab_size}: '
                     'choose another --dataset')
-batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num)
+batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
+                       ramp=(batch_ramp_from, batch_ramp_iters))
 val_tokens.require_window(block_size)
 x, y = batches.next()
 model.to(device)
 
 # --- optimizer ------------------------------------------------------------------------------------------------------------
-optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2))
+optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), optimizer, muon_learning_rate, muon_momentum, ranks, dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
@@ -193,7 +216,9 @@ if resumed and evaluated_at == iter_num >= max_iters and not eval_only:
     sys.exit(0)
 
 # --- compile and wrap -----------------------------------------------------------------------------------------------------
-say(f'{model.num_params():,} parameters, {tokens_per_iter:,} tokens an update, {len(train_tokens):,} to train on; '
+tokens_per_micro_batch = batch_size * block_size
+say(f'{model.num_params():,} parameters, {gradient_accumulation_steps * tokens_per_micro_batch:,} tokens an update, '
+    f'{len(train_tokens):,} to train on; '
     f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}')
 raw_model = model  # what is evaluated and saved: without the ranks' wrapper
 if ranks.world_size > 1:
@@ -201,20 +226,15 @@ if ranks.world_size > 1:
 
 
 def try_once():
-    """One forward and backward, and one evaluation, with nothing learned from them: makes the compiler do its work."""
-    x, y = next(eval_batches(val_tokens, block_size, batch_size, 1, Ranks(), device))
-    if not eval_only:
-        raw_model.train()
-        with model.no_sync() if ranks.world_size > 1 else nullcontext(), autocast(device, dtype):
-            scaler.scale(model(x, y)[1] / local_accumulation_steps).backward()
-        raw_model.zero_grad(set_to_none=True)
-    raw_model.eval()
-    with torch.no_grad(), autocast(device, dtype):
-        raw_model(x, y)
+    """One forward and backward with nothing learned from them: makes the compiler do its work."""
+    with model.no_sync() if ranks.world_size > 1 else nullcontext(), autocast(device, dtype):
+        scaler.scale(model(x, y, with_logits=False)[1] / gradient_accumulation_steps).backward()
+    raw_model.zero_grad(set_to_none=True)
 
 
 watch.lap('start')
-if compile:
+raw_model.train()
+if compile and not eval_only:
     say('compiling the model, this can take a minute (--compile=False goes without) ...')
     compile_or_stay_eager(raw_model, try_once)  # in place, and tried inside the wrapper, which then overlaps backward and exchange
     watch.lap('compilation')
@@ -233,19 +253,20 @@ if ranks.is_main and not eval_only:
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss in nats a token over fixed windows of each split, all ranks together -> {'train': …, 'val': …}."""
+    """Mean loss in nats a token over fixed windows of each split, all ranks together -> {'train': …, 'val': …}. Never compiled: the
+    compiler would take longer over it than most runs evaluate."""
     raw_model.eval()
     means = {}
     for split, tokens in (('train', train_tokens), ('val', val_tokens)):
         losses, counts = [], []
         for x, y in eval_batches(tokens, block_size, batch_size, eval_iters, ranks, device):
             with autocast(device, dtype):
-                losses.append(raw_model(x, y)[1])
+                losses.append(raw_model.forward(x, y, with_logits=False)[1])
             counts.append((y >= 0).sum())
             if stop and stop.received:
                 break  # the numbers will not count
         total = sum(loss.item() * count.item() for loss, count in zip(losses, counts))
-        total, count = ranks.sum([total, float(sum(count.item() for count in counts))], device)
+        total, count = ranks.sum([total, float(sum(count.item() for count in counts))])
         means[split] = total / max(count, 1)
     raw_model.train()
     return means
@@ -272,23 +293,23 @@ if eval_only:
 # --- the loop -------------------------------------------------------------------------------------------------------------
 parameters = list(raw_model.parameters())
 watched = raw_model.transformer.h[len(raw_model.transformer.h) // 2].attn.c_proj.weight  # one matrix, in the middle, stands for all
-flops_per_iter = raw_model.flops_per_token() * tokens_per_iter
-peak = peak_flops(device, dtype)
-skipped = 0  # updates in a row that were not finite
-unlogged, clipped, logged_seconds = 0, 0, 0.0  # since the last line of the log: updates, clipped ones; training time until then
+flops_per_token, peak = raw_model.flops_per_token(), peak_flops(device, dtype)
+skipped = torch.zeros((), device=device)  # updates in a row that were not finite: on the device, so that the host need not wait for it
+clipped, unlogged, tokens = torch.zeros((), device=device), 0, 0  # updates, all updates and tokens since the last line of the log
+logged_seconds = 0.0  # training time until that line
 first_iter = iter_num
 raw_model.train()
 watch.lap('start')
 
 while True:
     # evaluate and save when due
-    stopping = stop.on_any(ranks, device) and not skipped  # weights whose gradient is not finite are not worth saving
+    stopping = stop.on_any(ranks) and not skipped  # weights whose gradient is not finite are not worth saving
     due = (iter_num % eval_interval == 0 or iter_num >= max_iters) and evaluated_at != iter_num
     is_best = False
     if due and not stopping:
         losses = evaluate()
         watch.lap('evaluation')
-        if stop.on_any(ranks, device):  # a signal cuts an evaluation short, and its numbers do not count
+        if stop.on_any(ranks):  # a signal cuts an evaluation short, and its numbers do not count
             due, stopping = False, not skipped
         else:
             if not math.isfinite(losses['val']):
@@ -298,7 +319,7 @@ while True:
             evaluated_at, is_best = iter_num, losses['val'] < best_val_loss
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num
-    finished = iter_num >= max_iters or 0 < patience * eval_interval <= iter_num - best_iter
+    finished = iter_num >= max_iters or 0 < patience * eval_interval <= iter_num - best_iter or best_val_loss <= target_val_loss
     if stopping or due and (is_best or always_save_checkpoint or finished):
         save(is_best)
         watch.lap('saving')
@@ -306,56 +327,62 @@ while True:
         break
 
     # forward and backward, over this rank's micro-batches
-    lr = learning_rate_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
+    lr = learning_rate_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, cooldown_iters) if decay_lr else learning_rate
     for group in optimizer.param_groups:
-        group['lr'] = lr
-    loss_sum = 0.0
-    for micro in range(local_accumulation_steps):
+        group['lr'] = lr * group['lr_scale']
+    micro_batches = batches.micro_batches_at(iter_num)  # of all ranks
+    mean_loss = torch.zeros((), device=device)
+    for micro in range(ranks.rank, micro_batches, ranks.world_size):
         if ranks.world_size > 1:
-            model.require_backward_grad_sync = micro == local_accumulation_steps - 1  # ranks exchange gradients once an update
+            model.require_backward_grad_sync = micro + ranks.world_size >= micro_batches  # ranks exchange gradients once an update
         if dropout:
-            seed_all(seed, iter_num, ranks.rank + micro * ranks.world_size)
+            seed_all(seed, iter_num, micro)
         with autocast(device, dtype):
-            loss = model(x, y)[1] / local_accumulation_steps
+            loss = model(x, y, with_logits=False)[1] / (micro_batches // ranks.world_size)
         watch.lap('forward')
         x, y = batches.next()  # the next batch is made while an accelerator still works on this one
         watch.lap('data')
-        loss_sum = loss_sum + loss.detach()
+        mean_loss += loss.detach()
         scaler.scale(loss).backward()
         watch.lap('backward')
 
     # clip and step; an update that is not finite is skipped
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()  # waits for the device: a sync point
-    mean_loss = ranks.sum([loss_sum.item()], device)[0] / ranks.world_size
-    finite = math.isfinite(norm) and math.isfinite(mean_loss)  # the same on all ranks
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    ranks.mean(mean_loss)
+    skip = ~(grad_norm.isfinite() & mean_loss.isfinite())  # the same on all ranks
     log_due = iter_num % log_interval == 0
     before = watched.detach().clone() if log_due else None
-    if finite:
-        scaler.step(optimizer)
+    scaler.step(optimizer, skip)
     scaler.update()
     optimizer.zero_grad()
+    skipped = (skipped + 1) * skip
+    clipped += (grad_norm > grad_clip) & (grad_clip > 0)
+    unlogged += 1
+    tokens += micro_batches * tokens_per_micro_batch
+    iter_num += 1
+    if (log_due or iter_num % max_skipped_iters == 0) and skipped >= max_skipped_iters:
+        raise UserError(f'loss or gradient was not finite in {int(skipped)} updates in a row, up to update {iter_num - 1}: lower '
+                        '--learning_rate, raise --warmup_iters, or use --dtype=float32, and go on from the last save by '
+                        '--init_from=resume')
     watch.lap('optimizer')
 
-    # log
-    skipped = 0 if finite else skipped + 1
-    if skipped == max_skipped_iters:
-        raise UserError(f'loss or gradient was not finite in {skipped} updates in a row, up to update {iter_num}: lower --learning_rate, '
-                        'raise --warmup_iters, or use --dtype=float32, and go on from the last save with --init_from=resume')
-    clipped += grad_clip > 0 and norm > grad_clip
-    unlogged += 1
-    iter_num += 1
+    # log: the one place where the host waits for an accelerator
     if log_due:
+        mean_loss, grad_norm = mean_loss.item(), grad_norm.item()
+        watch.lap('optimizer')
         seconds = watch.total('forward', 'data', 'backward', 'optimizer')  # evaluation, saving and logging stay out of it
-        time_per_iter, logged_seconds = (seconds - logged_seconds) / unlogged, seconds
+        elapsed, logged_seconds = seconds - logged_seconds, seconds
         log.update({
             'iter': iter_num - 1, 'loss': mean_loss, 'lr': lr,
-            'time_ms': 1000 * time_per_iter, 'tokens_per_s': tokens_per_iter / time_per_iter,
-            'mfu': flops_per_iter / time_per_iter / (peak * ranks.world_size) if peak else None,
-            'grad_norm': norm, 'clipped': clipped / unlogged, 'update_ratio': update_ratio(watched, before), 'skipped': skipped,
+            'time_ms': 1000 * elapsed / unlogged, 'tokens_per_s': tokens / elapsed,
+            'mfu': flops_per_token * tokens / elapsed / (peak * ranks.world_size) if peak else None,
+            'grad_norm': grad_norm, 'clipped': clipped.item() / unlogged, 'update_ratio': update_ratio(watched, before),
+            'skipped': int(skipped),
             'left_s': (max_iters - iter_num) * (seconds / (iter_num - first_iter) + watch.mean('evaluation', 'saving') / eval_interval),
         })
-        clipped = unlogged = 0
+        clipped.zero_()
+        unlogged = tokens = 0
         watch.lap('logging')
 
 # --- the end --------------------------------------------------------------------------------------------------------------
