@@ -2,6 +2,7 @@
 
     python bench.py                                                    a step of GPT-2 124M at block 1024, batch 12
     python bench.py --profile=True                                     and which operators cost most, with a trace to look at
+    python bench.py --baseline=eager                                   in turns with the plain step: neither compiled nor by oneDNN
     python bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --dataset=shakespeare_char
     python bench.py --mode=decode                                      tokens a second of GPT-2 124M, one text and ten at once
     python bench.py --mode=decode --baseline=transformers              and in turns with Hugging Face's generate()
@@ -12,6 +13,7 @@ import math
 import os
 import statistics
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -19,6 +21,7 @@ from checkpoint import to_hugging_face
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, read_meta
 from generation import Context, Sample, Sampling, generate, window_start
+from kernels import keep_memory, torch_products, use_onednn_products
 from model import GPT, GPTConfig
 from optim import make_optimizer
 from packing import pack
@@ -45,6 +48,15 @@ n_embd = 768  # width
 vocab_size = 50304  # ids in the vocabulary
 dropout = 0.0  # share of activations dropped
 bias = False  # biases in linear and normalisation layers
+pos = 'learned'  # positions: 'learned', 'rope', 'alibi', 'none'
+norm = 'layernorm'  # 'layernorm', 'rmsnorm'
+mlp = 'gelu'  # activation: 'gelu', 'gelu_tanh', 'relu2', 'swiglu'
+qk_norm = False  # normalise queries and keys
+n_kv_head = 0  # heads of keys and values, a divisor of n_head; 0: n_head
+tie_weights = True  # embedding and head are one matrix
+logit_softcap = 0.0  # squash logits into plus or minus this; 0: leave them
+zero_init = False  # the layers' writes into the residual stream start at zero
+optimizer = 'adamw'  # 'adamw', 'muon'
 real_data = True  # read the data set's tokens, where it has been prepared; False: random ids
 dataset = 'openwebtext'  # folder below data/
 warmup_iters = 3  # steps before the clock starts
@@ -61,17 +73,21 @@ prompt_tokens = 64  # decode: length of the prompt
 max_new_tokens = 100  # decode: tokens to draw for each text
 rounds = 5  # decode: times that everything is measured, in turns
 quantize = ''  # decode: 'int8': 8-bit weights on a CPU
-baseline = ''  # decode: also time 'transformers', Hugging Face's generate(), or 'recompute', the whole context for each token
+baseline = ''  # also time, train: 'eager', the plain step; decode: 'transformers', Hugging Face's, or 'recompute', without a cache
 config = configure(globals())
+SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'n_kv_head',
+         'tie_weights', 'logit_softcap', 'zero_init')
 
 require(config, lambda v: v in ('train', 'decode'), 'train or decode', 'mode')
-require(config, lambda v: v in ('', 'transformers', 'recompute'), 'transformers or recompute', 'baseline')
+require(config, lambda v: v in (('', 'eager') if mode == 'train' else ('', 'transformers', 'recompute')),
+        'eager' if mode == 'train' else 'transformers or recompute', 'baseline')
+require(config, lambda v: v in ('adamw', 'muon'), 'adamw or muon', 'optimizer')
 require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'max_iters', 'rounds')
 require(config, lambda v: 1 <= v < 2**31, 'from 1 to 2,147,483,647', 'vocab_size')
 require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'num_samples')
 require(config, lambda v: 1 <= v <= 10**7, 'from 1 to 10,000,000', 'prompt_tokens')
 require(config, lambda v: 2 <= v <= 10**7, 'from 2 to 10,000,000', 'max_new_tokens')
-for key in ('profile',) if mode == 'decode' else ('quantize', 'baseline'):
+for key in ('profile',) if mode == 'decode' else ('quantize',):
     if config[key]:
         raise UserError(f'--{key}={config[key]}: has no meaning with --mode={mode}')
 if baseline == 'transformers' and prompt_tokens + max_new_tokens > block_size:
@@ -84,54 +100,94 @@ def bench_training(device, dtype):
     if profile:
         with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
             pass  # found out before the time is spent
+    next_batch = make_batches(device)
+    steps = {'': make_step(device, dtype, compile)}
+    if baseline:
+        with torch_products():
+            steps[baseline] = make_step(device, dtype, False)
+
+    def time_step(name):
+        """One step on the next batch -> (its loss, seconds)."""
+        with torch_products() if name else nullcontext():
+            synchronize(device)
+            start = time.perf_counter()
+            loss = steps[name](next_batch())
+            synchronize(device)
+            return loss, time.perf_counter() - start
+
+    for n in range(warmup_iters):
+        for name in steps:
+            print(f'warm-up {n + 1}/{warmup_iters}: {f"{name} " if name else ""}loss {time_step(name)[0]:.4f}', flush=True)
+    times = {name: [] for name in steps}
+    while len(times['']) < max_iters and (not times[''] or sum(map(sum, times.values())) < max_seconds):
+        for name in steps:
+            loss, seconds = time_step(name)
+            times[name].append(seconds)
+            print(f'{len(times[name])}/{max_iters}: {f"{name} " if name else ""}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
+
+    tokens, flops = batch_size * block_size, steps[''].flops
+    peak = peak_flops(device, dtype)
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f'{name + " " if name else ""}time per step: median {1000 * median:.2f}ms, from {1000 * min(seconds):.2f} to '
+              f'{1000 * max(seconds):.2f} over {len(seconds)} steps')
+        mfu = f'{100 * flops / median / peak:.1f}%' if peak else 'unknown'
+        print(f'{tokens / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+              f'peak memory {peak_memory(device) / 2**20:,.0f} MiB{" of both" if baseline else ""}')
+    if baseline:
+        ratios = sorted(a / b for a, b in zip(times[''], times[baseline]))
+        print(f'{statistics.median(ratios):.2f} of the time of {baseline} (the middle half of the turns: {ratios[len(ratios) // 4]:.2f} to '
+              f'{ratios[3 * len(ratios) // 4]:.2f})')
+    if device.type == 'cpu':
+        for name in steps:
+            with torch_products() if name else nullcontext():
+                peak = product_flops(device, dtype)
+            print(f'{f"{name} " if name else ""}{100 * flops / statistics.median(times[name]) / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s '
+                  'that a product of 2048 x 2048 matrices reaches')
+    if profile:
+        write_profile(device, lambda: steps[''](next_batch()))
+
+
+def make_step(device, dtype, compiled):
+    """A function that makes one update of a new model on a batch -> its loss, a float. Its attribute `flops` tells how many."""
     seed_all(seed)
     with user_errors(ValueError):
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
-    optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+        model = GPT(GPTConfig(**{key: config[key] for key in SHAPE})).to(device).train()
+    updates = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95), optimizer, ranks=Ranks(), dtype=dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    next_batch = make_batches(device)
 
     def step(batch):
-        """One update on the batch, waited for -> its loss, a float."""
         with autocast(device, dtype):
-            loss = model(*batch)[1]
+            loss = model(*batch, with_logits=False)[1]
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(updates)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
+        scaler.step(updates)
         scaler.update()
-        optimizer.zero_grad()
+        updates.zero_grad()
         return loss.item()
 
+    step.flops = model.flops_per_token() * batch_size * block_size
     print(f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}',
           flush=True)
-    model.train()
-    if compile:
+    if compiled:
         print('compiling ...', flush=True)
         start = time.perf_counter()
-        compile_or_stay_eager(model, lambda: step(next_batch()))
+        batch = torch.zeros(2, batch_size, block_size, dtype=torch.long, device=device)
+        compile_or_stay_eager(model, lambda: step(batch))
         print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
-    for n in range(warmup_iters):
-        print(f'warm-up {n + 1}/{warmup_iters}: loss {step(next_batch()):.4f}', flush=True)
-    synchronize(device)
-    times = []
-    while len(times) < max_iters and (not times or sum(times) < max_seconds):
-        start = time.perf_counter()
-        loss = step(next_batch())
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-        print(f'{len(times)}/{max_iters}: loss {loss:.4f}, time {1000 * times[-1]:.2f}ms', flush=True)
+    return step
 
-    median = statistics.median(times)
-    peak = peak_flops(device, dtype)
-    flops = model.flops_per_token() * batch_size * block_size / median
-    print(f'time per step: median {1000 * median:.2f}ms, from {1000 * min(times):.2f} to {1000 * max(times):.2f} '
-          f'over {len(times)} steps')
-    mfu = f'{100 * flops / peak:.1f}%' if peak else 'unknown'
-    print(f'{batch_size * block_size / median:,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s, mfu {mfu}, '
-          f'peak memory {peak_memory(device) / 2**20:,.0f} MiB')
-    if profile:
-        write_profile(device, lambda: step(next_batch()))
+
+def product_flops(device, dtype):
+    """FLOP/s that the product of two large matrices reaches, the best of several."""
+    a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
+
+    def seconds():
+        start = time.perf_counter()
+        a @ b
+        return time.perf_counter() - start
+    return 2 * 2048**3 / min(seconds() for _ in range(8))
 
 
 def make_batches(device):
@@ -165,7 +221,7 @@ def bench_decoding(device, dtype):
     and values of every text in the batch; at the speed at which the device sums up as many bytes, that takes so long.
     """
     with user_errors(ValueError):
-        model_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, 0.0, bias)
+        model_config = GPTConfig(**{key: config[key] for key in SHAPE})
     seed_all(seed)
     model = GPT(model_config).eval()
     prompt = torch.randint(vocab_size, (prompt_tokens,)).tolist()
@@ -241,7 +297,8 @@ def bench_decoding(device, dtype):
             line += f', {after:.1f} after the first, which comes after {1000 * first:.0f}ms ({prompt_tokens / first:,.0f} prompt tokens/s)'
         if not name:
             lengths = [n - window_start(n, block_size) for n in range(prompt_tokens + 1, prompt_tokens + max_new_tokens)]
-            cached = 2 * n_layer * n_embd * dtype.itemsize * sum(lengths) / len(lengths)  # bytes a text, on average
+            width_kv = n_embd // n_head * model_config.kv_heads
+            cached = 2 * n_layer * width_kv * dtype.itemsize * sum(lengths) / len(lengths)  # bytes a text, on average
             limit = size * bandwidth / (parameters * width + size * cached)
             line += f', {100 * after / limit:.0f}% of the {limit:.1f} that memory allows'
         print(line)
@@ -287,4 +344,7 @@ def make_rival(model, device, dtype):
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 use_fast_float32(device)
+if mode == 'train':
+    use_onednn_products(device)
+    keep_memory(device)
 bench_training(device, dtype) if mode == 'train' else bench_decoding(device, dtype)

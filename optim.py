@@ -32,6 +32,10 @@ class AdamW:
     def step(self, skip=None):
         """One update from the gradients in .grad; parameters without one stay. skip: a tensor, True to change nothing after all,
         so that gradients which are not finite can be passed over without waiting for the device to tell."""
+        if skip is not None and skip.device.type == 'cpu':  # where there is nothing to wait for
+            if skip:
+                return
+            skip = None
         for group in self.param_groups:
             self.step_group(group, skip)
 
@@ -102,23 +106,26 @@ class Muon(AdamW):
     def step_group(self, group, skip):
         if 'momentum' not in group:
             return super().step_group(group, skip)
-        lr, beta = group['lr'], group['momentum']
-        go = 1.0 if skip is None else (~skip).float()
         shapes = {}  # (m, n), m <= n, to the matrices of that shape and their transposes: the iteration is the same
         for p, rows in zip(group['params'], group['rows']):
             if p.grad is not None:
                 for matrix in zip(p.split(rows), p.grad.split(rows), self.state[p]['momentum'].split(rows)):
-                    shape = tuple(sorted(matrix[0].shape))
-                    shapes.setdefault(shape, []).append([x if x.shape == shape else x.t() for x in matrix] + [p.size(1) / len(matrix[0])])
-        for weights, gradients, momenta, ratios in (zip(*matrices) for matrices in shapes.values()):
-            gradient, momentum = torch.stack(gradients), torch.stack(momenta)  # (matrices, m, n)
+                    shapes.setdefault(tuple(sorted(matrix[0].shape)), []).append(matrix)
+        for shape, matrices in shapes.items():
+            weights, gradients, momenta = zip(*matrices)
             if skip is not None:
-                gradient = torch.where(skip, momentum, gradient)  # which leaves the momentum as it is
-            momentum.lerp_(gradient, 1 - beta)
-            direction = self.orthogonalize(gradient.lerp_(momentum, beta)) * go  # Nesterov's: the gradient counts once more
-            torch._foreach_copy_(momenta, momentum.unbind())
-            torch._foreach_mul_(weights, 1 - lr * group['weight_decay'] * go)
-            torch._foreach_add_(weights, torch._foreach_mul(direction.unbind(), [-lr * max(1, 1 / ratio) ** 0.5 for ratio in ratios]))
+                gradients = [torch.where(skip, m, g) for g, m in zip(gradients, momenta)]  # which leaves the momentum as it is
+            torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
+            directions = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's: the gradient counts once more
+            stack = self.orthogonalize(torch.stack([d if d.shape == shape else d.t() for d in directions]))  # (matrices, m, n)
+            stack *= torch.tensor([max(1, len(w) / w.size(1)) ** 0.5 for w in weights], device=stack.device)[:, None, None]
+            shrink = group['lr'] * group['weight_decay']
+            if skip is not None:
+                stack *= ~skip
+                shrink = shrink * ~skip
+            if group['weight_decay']:
+                torch._foreach_mul_(weights, 1 - shrink)
+            torch._foreach_add_(weights, [d if w.shape == shape else d.t() for w, d in zip(weights, stack)], alpha=-group['lr'])
 
     def orthogonalize(self, stack):
         """orthogonalize() of a stack, of which each rank computes its share."""

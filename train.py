@@ -28,7 +28,7 @@ from checkpoint import (
 )
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
-from kernels import use_onednn_products
+from kernels import keep_memory, use_onednn_products
 from metrics import NoLog, RunLog, start_wandb
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer, update_ratio
@@ -53,7 +53,7 @@ from tokenizer import GPT2_SPEC, spec_from_meta, spec_vocab_size
 out_dir = 'out'  # folder for checkpoints and metrics.jsonl
 eval_interval = 2000  # updates between evaluations, each followed by a save
 log_interval = 1  # updates between lines of the log
-eval_iters = 200  # batches in an evaluation, of train and of val
+eval_iters = 200  # batches in an evaluation, of train and of val; 0: as many as cover val, and as many of train
 eval_only = False  # evaluate once and stop, changing nothing
 always_save_checkpoint = True  # save after every evaluation; False: only when the validation loss has improved, and at the end
 init_from = 'scratch'  # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with a Hugging Face GPT-2
@@ -109,13 +109,16 @@ dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': 
 compile = True  # compile the model: slow to start, faster to run
 config = configure(globals())
 
-require(config, lambda v: v >= 1, 'at least 1', 'eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps',
+require(config, lambda v: v >= 1, 'at least 1', 'eval_interval', 'log_interval', 'gradient_accumulation_steps',
         'batch_size', 'block_size', 'max_skipped_iters', 'vocab_multiple')
 require(config, lambda v: 0 <= v < math.inf, 'a number from 0 on', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
         'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'patience', 'seed', 'target_val_loss', 'muon_learning_rate',
-        'batch_ramp_from', 'batch_ramp_iters')
+        'batch_ramp_from', 'batch_ramp_iters', 'eval_iters')
 require(config, lambda v: 0 <= v < 1, 'in [0, 1)', 'dropout', 'beta1', 'beta2', 'muon_momentum')
 require(config, lambda v: v in ('adamw', 'muon'), "'adamw' or 'muon'", 'optimizer')
+require(config, lambda v: v <= 10**7, 'at most 10,000,000', 'batch_ramp_iters')
+if optimizer == 'muon' and not learning_rate:
+    raise UserError('--learning_rate=0: Muon follows the schedule of AdamW, which must have one; choose a rate above 0')
 require(config, lambda v: v in ('random', 'shuffle'), "'random' or 'shuffle'", 'data_order')
 
 # --- device and ranks -----------------------------------------------------------------------------------------------------
@@ -134,6 +137,7 @@ dtype = pick_dtype(dtype, device)
 join_ranks(backend, device, ranks)
 use_fast_float32(device)
 use_onednn_products(device)
+keep_memory(device)
 
 
 def say(*words):
@@ -196,6 +200,7 @@ if tokenizer_vocab_size > model.config.vocab_size:
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
                        ramp=(batch_ramp_from, batch_ramp_iters))
 val_tokens.require_window(block_size)
+eval_iters = eval_iters or -(-((len(val_tokens) - 1) // block_size) // batch_size)
 x, y = batches.next()
 model.to(device)
 
@@ -315,7 +320,8 @@ while True:
             if not math.isfinite(losses['val']):
                 raise UserError(f'the validation loss is {losses["val"]} after {iter_num} updates: lower --learning_rate, or use '
                                 '--dtype=float32; nothing was saved from here on')
-            log.evaluation({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val']})
+            log.evaluation({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
+                            'seconds': watch.total('forward', 'data', 'backward', 'optimizer')})
             evaluated_at, is_best = iter_num, losses['val'] < best_val_loss
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num

@@ -46,6 +46,28 @@ def test_resuming_replays_nothing(counting, order):
     assert global_batch(counting, 1, order, steps=30)[4 * 19:] == global_batch(counting, 2, order, step=19, steps=11)
 
 
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_a_growing_batch(counting, order):
+    """From 2 to 6 micro-batches over 5 steps: the same whatever the ranks and wherever resumed, and no window of an epoch left out."""
+    def rows(world_size, step, end):
+        taken = {}
+        for rank in range(world_size):
+            batches = TrainBatches(counting, 10, 3, 6, 7, order, Ranks(rank, rank, world_size), CPU, step, ramp=(2, 5))
+            for s in range(step, end):
+                for micro in range(rank, batches.micro_batches_at(s), world_size):
+                    taken[s, micro] = batches.next()[0][:, 0].tolist()
+        return taken
+
+    alone = rows(1, 0, 12)
+    assert [sum(s == step for s, _ in alone) for step in range(12)] == [2, 2, 2, 4, 4, 6, 6, 6, 6, 6, 6, 6]
+    assert alone == rows(2, 0, 12)
+    for step in (1, 4, 5, 8):
+        assert rows(1, step, 12) == {key: value for key, value in alone.items() if key[0] >= step}
+    if order == 'shuffle':
+        starts = [start for key in sorted(alone) for start in alone[key]]
+        assert len(set(starts[:99])) == 99, 'an epoch has 99 windows'
+
+
 def test_seeds_and_steps_differ(counting):
     steps = global_batch(counting, 1, 'random', steps=3)
     assert len({tuple(rows) for rows in steps}) == len(steps)

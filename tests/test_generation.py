@@ -15,7 +15,10 @@ from model import GPT, GPTConfig, KVCache
 from tokenizer import CharTokenizer
 
 BLOCK, VOCAB = 16, 50
-OPTIONS = [{}, {'bias': False}, {'mlp': 'gelu_tanh'}, {'n_head': 1}]  # of every kind of model: positions, attention, …
+OPTIONS = [{}, {'bias': False}, {'mlp': 'gelu_tanh'}, {'n_head': 1}, {'pos': 'rope'}, {'pos': 'alibi'}, {'pos': 'none'}, {'n_kv_head': 2},
+           {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'relu2', 'qk_norm': True},
+           {'pos': 'alibi', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'qk_norm': True, 'n_kv_head': 1, 'tie_weights': False,
+            'logit_softcap': 4.0}]
 SAMPLINGS = [Sampling(0), Sampling(1.0), Sampling(0.8, top_k=5), Sampling(1.2, top_p=0.7), Sampling(1.0, min_p=0.1),
              Sampling(1.0, 10, 0.9, 0.05, 1.3, 45), Sampling(0, repetition_penalty=2.0)]
 

@@ -6,8 +6,10 @@ import torch
 from conftest import SHARED  # noqa: F401  (puts the repository on the path)
 from nanogpt_reference import ReferenceGPT
 
+import kernels
+import model as model_room
 from checkpoint import load_pretrained
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, alibi_mask
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
 
@@ -26,14 +28,87 @@ def ids():
     return torch.randint(97, (2, 32))
 
 
-@pytest.mark.parametrize('bias', [True, False])
-def test_equals_naive_float64(ids, bias):
-    model = randomized(GPT(GPTConfig(**SHAPE, bias=bias)))
-    reference = ReferenceGPT(**SHAPE, bias=bias, dropout=0.0)
+OPTIONS = [dict(bias=True), dict(bias=False), dict(mlp='gelu_tanh'), dict(mlp='relu2'), dict(mlp='swiglu'), dict(pos='rope'),
+           dict(pos='alibi'), dict(pos='none'), dict(norm='rmsnorm'), dict(qk_norm=True), dict(n_kv_head=2), dict(n_kv_head=1),
+           dict(tie_weights=False), dict(logit_softcap=3.0),
+           dict(pos='rope', norm='rmsnorm', mlp='relu2', qk_norm=True, bias=False, zero_init=True),
+           dict(pos='alibi', norm='rmsnorm', mlp='swiglu', qk_norm=True, n_kv_head=2, tie_weights=False, logit_softcap=5.0)]
+
+
+@pytest.mark.parametrize('short', [False, True])  # attention over short contexts in training on some CPUs
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_equals_naive_float64(ids, options, short, monkeypatch):
+    monkeypatch.setattr(kernels, 'short_context', 128 if short else 0)
+    options = {'bias': True, **options}
+    model = randomized(GPT(GPTConfig(**SHAPE, **options)))
+    reference = ReferenceGPT(**SHAPE, **options, dropout=0.0)
     reference.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
     expected = reference(ids)
     torch.testing.assert_close(model.double()(ids, ids)[0], expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.float()(ids)[0].double(), expected[:, -1:], rtol=1e-3, atol=1e-3)
+
+
+def test_equals_hugging_face_llama(ids):
+    """Rotary positions, RMS norm, SwiGLU, grouped queries and an untied head are Llama's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = GPTConfig(**SHAPE, bias=False, pos='rope', norm='rmsnorm', mlp='swiglu', n_kv_head=2, tie_weights=False)
+    theirs = randomized(LlamaForCausalLM(LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=config.mlp_width, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False)))
+    weights = theirs.state_dict()
+    names = {'transformer.wte.weight': 'model.embed_tokens.weight', 'transformer.ln_f.weight': 'model.norm.weight',
+             'lm_head.weight': 'lm_head.weight'}
+    ours = {name: weights[their_name] for name, their_name in names.items()}
+    for layer in range(3):
+        here, there = f'transformer.h.{layer}.', f'model.layers.{layer}.'
+        ours[here + 'ln_1.weight'] = weights[there + 'input_layernorm.weight']
+        ours[here + 'ln_2.weight'] = weights[there + 'post_attention_layernorm.weight']
+        ours[here + 'attn.c_attn.weight'] = torch.cat([weights[f'{there}self_attn.{part}_proj.weight'] for part in 'qkv'])
+        ours[here + 'attn.c_proj.weight'] = weights[there + 'self_attn.o_proj.weight']
+        ours[here + 'mlp.c_fc.weight'] = torch.cat([weights[f'{there}mlp.{part}_proj.weight'] for part in ('gate', 'up')])
+        ours[here + 'mlp.c_proj.weight'] = weights[there + 'mlp.down_proj.weight']
+    model = GPT(config).eval()
+    model.load_state_dict(ours)
+    torch.testing.assert_close(model(ids, ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('n_head', [1, 2, 6, 8, 12])
+def test_alibi_equals_hugging_face_bloom(n_head):
+    """The same slopes, for numbers of heads that are no power of two as well; Bloom's biases differ by a constant of the head."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+    theirs = build_alibi_tensor(torch.ones(1, 10), n_head, torch.float64).view(n_head, 1, 10)
+    ours = alibi_mask(torch.arange(10), 10, None, n_head, torch.float64)
+    seen = torch.ones(10, 10, dtype=torch.bool).tril()
+    assert (ours[:, ~seen] == -math.inf).all()
+    last = theirs - theirs[:, :, -1:] if n_head else 0
+    torch.testing.assert_close(ours[:, -1:], last, rtol=1e-2, atol=1e-6)  # theirs passes through bfloat16
+
+
+@pytest.mark.parametrize('softcap', [0.0, 4.0])
+def test_loss_without_logits(ids, softcap, monkeypatch):
+    """The loss that is computed in pieces, and its gradients, are those of the whole."""
+    monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', 97 * 10)  # 64 rows in pieces of 10
+    model = randomized(GPT(GPTConfig(**SHAPE, logit_softcap=softcap))).double()
+    targets = ids.roll(-1, 1)
+    targets[0, 5:] = -1
+    gradients = []
+    for with_logits in (True, False):
+        logits, loss = model(ids, targets, with_logits=with_logits)
+        assert (logits is None) == (not with_logits)
+        (3 * loss).backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, targets, with_logits=False)[1], gradients[0][0])
+
+
+def test_no_targets_at_all(ids, monkeypatch):
+    monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', 0)
+    model = GPT(GPTConfig(**SHAPE))
+    loss = model(ids, torch.full_like(ids, -1), with_logits=False)[1]
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters())
 
 
 @pytest.fixture(params=['gelu_new', 'gelu'])
@@ -89,6 +164,17 @@ def test_initial_weights_and_loss():
     ids = torch.randint(512, (4, 64))
     assert model(ids, ids.roll(-1, 1))[1].item() == pytest.approx(math.log(512), abs=0.2)
     assert model.transformer.wte.weight is model.lm_head.weight
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=512, zero_init=True, tie_weights=False, norm='rmsnorm'))
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith('c_proj.weight'))
+    assert model.transformer.wte.weight is not model.lm_head.weight and model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_initialisation_knows_every_parameter():
+    """A parameter that somebody adds and forgets there is found out."""
+    model = GPT(GPTConfig(**SHAPE))
+    model.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match='extra'):
+        model.init_weights()
 
 
 def test_parameter_count_and_flops_of_gpt2():
@@ -111,7 +197,8 @@ def test_cropping_keeps_the_function(ids):
 
 
 @pytest.mark.parametrize('wrong', [dict(n_embd=65), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1), dict(mlp='relu'),
-                                   dict(n_head=2.0)])
+                                   dict(n_head=2.0), dict(pos='sinus'), dict(norm='none'), dict(n_kv_head=3), dict(n_kv_head=-1),
+                                   dict(pos='rope', n_embd=12), dict(logit_softcap=-1.0), dict(logit_softcap=math.nan)])
 def test_a_shape_that_is_none(wrong):
     with pytest.raises(ValueError):
         GPTConfig(**{**SHAPE, **wrong})

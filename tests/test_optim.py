@@ -6,7 +6,8 @@ import torch
 from conftest import SHARED  # noqa: F401
 
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizer, update_ratio
+from optim import Muon, learning_rate_at, make_optimizer, orthogonalize, qkv_rows, update_ratio
+from runtime import Ranks
 
 
 def tiny_model(n_layer=2):
@@ -21,6 +22,12 @@ def test_schedule():
     assert all(a <= b for a, b in zip(rate[:10], rate[1:11])) and all(a >= b for a, b in zip(rate[10:], rate[11:]))
     assert learning_rate_at(5, 1.0, 0.1, 10, 10) < 1 and learning_rate_at(10, 1.0, 0.1, 10, 10) == 0.1  # no cosine at all
     assert learning_rate_at(3, 1.0, 0.1, 0, 0) == 0.1
+
+
+def test_cooldown():
+    rate = [learning_rate_at(step, 1.0, 0.1, 10, 100, 40) for step in range(130)]
+    assert rate[9] == pytest.approx(10 / 11) and set(rate[10:61]) == {1.0} and rate[80] == pytest.approx(0.55)
+    assert rate[100] == rate[129] == 0.1 and rate[61] == pytest.approx(1 - 0.9 / 40)
 
 
 def test_every_parameter_in_one_group():
@@ -93,6 +100,91 @@ def test_loaded_state_keeps_this_runs_hyperparameters():
         assert torch.equal(new.state[p]['exp_avg'], old.state[p]['exp_avg']) and new.state[p]['step'] == 1
     with pytest.raises(ValueError, match='groups'):
         make_optimizer(tiny_model(3), 1e-3, 0.1, (0.9, 0.95)).load_state_dict(old.state_dict())
+
+
+def test_skipped_updates_change_nothing():
+    """With skip, not even gradients that are no numbers leave a trace; without, the update is the same as if there were no skip."""
+    for kind in ('adamw', 'muon'):
+        one, two = (make_optimizer(tiny_model(), 1e-2, 0.1, (0.9, 0.95), kind, ranks=Ranks()) for _ in range(2))
+        for gradient in (0.1, float('nan'), -0.2, float('inf')):
+            for optimizer in (one, two):
+                for i, p in enumerate(optimizer.parameters()):
+                    p.grad = gradient * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+            one.step(skip=torch.tensor(abs(gradient) not in (0.1, 0.2)))
+            if abs(gradient) in (0.1, 0.2):
+                two.step()
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+        for a, b in zip(one.state.values(), two.state.values()):
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_orthogonalize():
+    """The singular vectors of the singular value decomposition, and singular values near 1; the same alone and in a stack."""
+    torch.manual_seed(0)
+    stack = torch.randn(5, 24, 40, dtype=torch.float64)
+    out = orthogonalize(stack, torch.float64)
+    for x, y in zip(stack, out):
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        inner = u.T @ y @ v.T  # y in the basis of x's singular vectors: diagonal
+        assert (inner - inner.diagonal().diag()).abs().max() < 1e-6
+        assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
+        torch.testing.assert_close(orthogonalize(x[None], torch.float64)[0], y)
+    torch.testing.assert_close(orthogonalize(stack.float()).double(), out, rtol=1e-3, atol=1e-3)
+    assert not orthogonalize(torch.zeros(1, 3, 4)).any()
+
+
+@pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64)])
+def test_muon_is_torchs(shape):
+    """Five updates against torch.optim.Muon, which iterates in bfloat16 too, but rounds elsewhere."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    reference = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9)
+    optimizer = Muon([{'params': [ours], 'rows': [[shape[0]]], 'weight_decay': 0.1, 'momentum': 0.9}], 0.05, (0.9, 0.95), Ranks(),
+                     torch.bfloat16)
+    for _ in range(5):
+        before = ours.detach().clone()
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert torch.dist(ours, theirs) < 0.05 * torch.dist(ours, before)
+        theirs.data.copy_(ours.data)
+
+
+def test_muon_treats_queries_keys_and_values_apart():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=11, n_kv_head=2, mlp='swiglu'))
+    optimizer = make_optimizer(model, 1e-2, 0.0, (0.9, 0.95), 'muon', 0.02, ranks=Ranks())
+    for group in optimizer.param_groups:
+        group['lr'] = 1e-2 * group['lr_scale']
+    assert [len(group['params']) for group in optimizer.param_groups] == [2, 18, 8]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.randint(11, (2, 8))
+    model(ids, ids.roll(-1, 1))[1].backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name.endswith('c_attn.weight'):
+            assert qkv_rows(p) == [16, 8, 8]
+            for was, now, gradient in zip(before[name].split([16, 8, 8]), p.split([16, 8, 8]), p.grad.split([16, 8, 8])):
+                wide = gradient if len(gradient) <= 16 else gradient.T
+                torch.testing.assert_close(now - was, -0.02 * orthogonalize(wide[None])[0], rtol=1e-3, atol=1e-5)
+
+
+def test_muon_state_loads():
+    model, other = tiny_model(), tiny_model()
+    one, two = (make_optimizer(m, 1e-2, 0.1, (0.9, 0.95), 'muon', ranks=Ranks()) for m in (model, other))
+    for step in range(4):
+        ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
+        for m, optimizer in ((model, one), (other, two)):
+            m(ids, ids.roll(-1, 1))[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 1:  # a new optimizer takes over
+            two = make_optimizer(other, 1e-2, 0.1, (0.9, 0.95), 'muon', ranks=Ranks())
+            two.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    with pytest.raises(ValueError, match='groups'):
+        make_optimizer(tiny_model(), 1e-2, 0.1, (0.9, 0.95)).load_state_dict(one.state_dict())
 
 
 def test_update_ratio():

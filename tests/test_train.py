@@ -18,6 +18,8 @@ from model import GPT, GPTConfig
 from runtime import named_peak_flops
 
 DROPOUT = '--dropout=0.2'
+MODERN = ['--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--n_kv_head=1', '--zero_init=True', '--tie_weights=False',
+          '--logit_softcap=20', '--optimizer=muon', '--muon_momentum=0.9', '--cooldown_iters=6', '--vocab_multiple=32']
 
 
 def weights(folder, name='ckpt.pt'):
@@ -28,10 +30,11 @@ def identical(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize('order', ['random', 'shuffle'])
-def test_resuming_is_bit_exact(workspace, order):
+@pytest.mark.parametrize('options', [['--data_order=random'], ['--data_order=shuffle'],
+                                     [*MODERN, '--gradient_accumulation_steps=4', '--batch_ramp_from=1', '--batch_ramp_iters=6']])
+def test_resuming_is_bit_exact(workspace, options):
     """2N updates at once, and N + resume + N, with dropout: the same weights, optimizer and reports to the last bit."""
-    common = [*TINY, DROPOUT, f'--data_order={order}']
+    common = [*TINY, DROPOUT, *options]
     run_ok('train.py', *common, '--out_dir=whole', cwd=workspace)
     run_ok('train.py', *common, '--out_dir=parts', '--max_iters=4', cwd=workspace)
     output = run_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
@@ -60,6 +63,18 @@ def test_two_ranks(workspace):
     torchrun(2, *common, '--out_dir=parts', '--max_iters=10', cwd=workspace)
     torchrun(2, *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
     assert identical(weights(workspace / 'two'), weights(workspace / 'parts'))
+
+
+def test_two_ranks_with_muon(workspace):
+    """Each rank makes a share of Muon's directions, of a growing batch: the losses and, but for rounding, the weights of one rank."""
+    common = [*TINY, *MODERN, '--gradient_accumulation_steps=4', '--batch_ramp_from=2', '--batch_ramp_iters=6', '--n_layer=3']
+    run_ok('train.py', *common, '--out_dir=one', cwd=workspace)
+    torchrun(2, *common, '--out_dir=two', cwd=workspace)
+    one, two = (metrics(workspace / name)[0] for name in ('one', 'two'))
+    assert [r['loss'] for r in one] == pytest.approx([r['loss'] for r in two], abs=1e-4)
+    one, two = (weights(workspace / name) for name in ('one', 'two'))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
 
 
 def test_two_nodes(workspace):
@@ -137,6 +152,21 @@ def test_best_and_latest(workspace):
     latest = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
     assert latest['iter_num'] == 6 and latest['best_val_loss'] == pytest.approx(best['val/loss'], rel=1e-6)
     assert load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))['iter_num'] == best['iter']
+
+
+def test_target(workspace):
+    """A run ends at the first evaluation that reaches the target; eval_iters=0 is the whole split, as evaluate.py has it."""
+    arguments = [*TINY, '--max_iters=100', '--lr_decay_iters=100', '--eval_interval=5', '--eval_iters=0', '--vocab_multiple=64']
+    output = run_forked_ok('train.py', *arguments, '--target_val_loss=3.1', cwd=workspace)
+    evaluations = metrics(workspace / 'out')[1]
+    assert evaluations[-1]['val/loss'] <= 3.1 < evaluations[-2]['val/loss'] and 'done: ' in output
+    assert 0 == evaluations[0]['seconds'] < evaluations[1]['seconds'] < evaluations[-1]['seconds']
+    assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['model_args']['vocab_size'] == 64
+    output = run_forked_ok('evaluate.py', '--out_dir=out', '--device=cpu', cwd=workspace)
+    assert float(re.search(r'loss ([\d.]+)', output).group(1)) == pytest.approx(evaluations[-1]['val/loss'], abs=2e-4)
+    output = run_forked_ok('sample.py', '--out_dir=out', '--device=cpu', '--num_samples=3', '--temperature=50', '--json=True',
+                           cwd=workspace)
+    assert all(max(json.loads(line)['token_ids']) < len(CHARS) for line in output.splitlines()), 'an id that only fills up was drawn'
 
 
 def test_early_stopping(workspace):
