@@ -100,11 +100,11 @@ def bench_training(device, dtype):
     if profile:
         with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
             pass  # found out before the time is spent
-    next_batch = make_batches(device)
     steps = {'': make_step(device, dtype, compile)}
     if baseline:
         with torch_products():
             steps[baseline] = make_step(device, dtype, False)
+    next_batch = make_batches(device)
 
     def time_step(name):
         """One step on the next batch -> (its loss, seconds)."""
@@ -126,12 +126,12 @@ def bench_training(device, dtype):
             print(f'{len(times[name])}/{max_iters}: {f"{name} " if name else ""}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
 
     tokens, flops = batch_size * block_size, steps[''].flops
-    peak = peak_flops(device, dtype)
+    device_peak = peak_flops(device, dtype)
     for name, seconds in times.items():
         median = statistics.median(seconds)
         print(f'{name + " " if name else ""}time per step: median {1000 * median:.2f}ms, from {1000 * min(seconds):.2f} to '
               f'{1000 * max(seconds):.2f} over {len(seconds)} steps')
-        mfu = f'{100 * flops / median / peak:.1f}%' if peak else 'unknown'
+        mfu = f'{100 * flops / median / device_peak:.1f}%' if device_peak else 'unknown'
         print(f'{tokens / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, mfu {mfu}, '
               f'peak memory {peak_memory(device) / 2**20:,.0f} MiB{" of both" if baseline else ""}')
     if baseline:

@@ -144,6 +144,9 @@ def load_checkpoint(path):
         values = (*checkpoint['config'].values(), *checkpoint['model_args'].values())
         if not all(isinstance(value, (int, float, str, type(None))) for value in values):
             raise ValueError('its config or model_args hold more than numbers and texts')
+        checkpoint['seconds'] = float(checkpoint.get('seconds', 0.0))  # of training so far
+        if not 0 <= checkpoint['seconds'] < math.inf:
+            raise ValueError('its seconds are no time')
         checkpoint.setdefault('best_iter', checkpoint['iter_num'])
         checkpoint.setdefault('evaluated_at', -1)  # the update at which it was last evaluated; -1: not known
         if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:

@@ -61,7 +61,7 @@ total, count = 0.0, 0
 with torch.inference_mode(), autocast(device, dtype):
     for x, y in eval_batches(tokens, block_size, batch_size, eval_iters or len(tokens), Ranks(), device):
         n = int((y >= 0).sum())
-        total, count = total + model(x, y)[1].item() * n, count + n
+        total, count = total + model(x, y, with_logits=False)[1].item() * n, count + n
 loss = total / count
 if not math.isfinite(loss):
     raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')

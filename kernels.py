@@ -11,7 +11,7 @@ short_context = 0  # attention over so many tokens or fewer is computed by plain
 
 
 def use_onednn_products(device):
-    """Let float32 products on x86 CPUs run by oneDNN in place of MKL, which leaves half of an AMD processor's speed unused.
+    """Let float32 products on x86 CPUs with AVX-512 run by oneDNN in place of MKL, which leaves half of an AMD processor's speed unused.
 
     For training: call it once, before anything is compiled. torch hands float32 products to oneDNN only when it may round their
     factors to bfloat16, so that is allowed where oneDNN makes no use of it: where the processor has no matrix unit (AMX), and
@@ -22,7 +22,7 @@ def use_onednn_products(device):
     settings = getattr(torch.backends.mkldnn, 'matmul', None)  # torch from 2.9 on
     if device.type != 'cpu' or settings is None or platform.machine() not in ('x86_64', 'AMD64'):
         return
-    if not torch.backends.mkldnn.is_available() or torch.cpu._is_amx_tile_supported():
+    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
         return
     settings.fp32_precision = 'bf16'
     x = 1 + torch.arange(64 * 64).view(64, 64) / 2**20  # needs more mantissa than bfloat16 or TF32 have
@@ -33,12 +33,13 @@ def use_onednn_products(device):
 
 
 def keep_memory(device):
-    """Let a CPU's process keep the memory it frees, up to its peak, for the next step: to give it back to the system and to take
-    it again, page by page, costs a fifth of a small model's step. For glibc, elsewhere nothing happens."""
+    """Let a CPU's process keep the memory it frees for the next step: to give it back to the system and to take it again, page by
+    page, costs a fifth of a small model's step. For glibc, elsewhere nothing happens."""
     if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h: bytes
-            libc.mallopt(parameter, value)
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h, in bytes
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):  # older versions take no more than 32 MiB
+            mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextmanager
@@ -65,6 +66,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
     """
     T, S = q.size(-2), k.size(-2)
     grouped = q.size(1) != k.size(1)
+    if mask is None and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if T == 1 or T > short_context or q.device.type != 'cpu':
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
@@ -73,51 +76,51 @@ def attention(q, k, v, mask=None, dropout=0.0):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))  # (B, nh, T, S)
     if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x w^T, a piece of the rows at a time: the gradient of a piece is computed beside its loss,
+    """Summed cross-entropy of the logits x w^T, a piece of the rows at a time: the gradient of a piece is computed beside its loss,
     so that no more than one piece of logits is ever in memory (as in Liger Kernel, Hsu et al. 2024, section 3.2)."""
 
     @staticmethod
     def forward(ctx, x, w, targets, softcap, rows):
-        counted = (targets >= 0).sum().clamp_min(1)
         exact = torch.promote_types(x.dtype, torch.float32)
+        kind = x.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype  # that products run in
+        narrow_w = w.to(narrow)
         loss = torch.zeros((), device=x.device, dtype=exact)
-        x_gradient, w_gradient = torch.empty_like(x), torch.zeros_like(w, dtype=exact)
+        x_gradient, w_gradient = torch.empty_like(x, dtype=exact), torch.zeros_like(w, dtype=exact)
         for start in range(0, len(x), rows):
-            x_piece, target = x[start:start + rows], targets[start:start + rows, None]
-            logits = F.linear(x_piece, w)  # (rows, V)
-            logits = logits.to(exact)
+            x_piece, target = x[start:start + rows].to(narrow), targets[start:start + rows, None]
+            seen, target = target >= 0, target.clamp_min(0)
+            logits = F.linear(x_piece, narrow_w).to(exact)  # (rows, V)
             if softcap:
                 squashed = torch.tanh(logits / softcap)
                 logits = softcap * squashed
             log_p = logits.log_softmax(dim=-1)
-            seen = target >= 0
-            loss -= torch.where(seen, log_p.gather(1, target.clamp_min(0)), 0).sum()
-            gradient = log_p.exp_()  # d loss / d logits = (p - onehot(target)) / counted
-            gradient.scatter_add_(1, target.clamp_min(0), torch.full_like(target, -1, dtype=gradient.dtype))
-            gradient *= seen.to(exact) / counted
+            loss -= torch.where(seen, log_p.gather(1, target), 0).sum()
+            gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))  # p - onehot(target)
+            gradient *= seen
             if softcap:
                 gradient *= 1 - squashed.square()
-            gradient = gradient.to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
-            x_gradient[start:start + rows] = gradient @ w.to(gradient.dtype)
-            w_gradient += gradient.t() @ x_piece.to(gradient.dtype)
-        ctx.save_for_backward(x_gradient, w_gradient.to(w.dtype))
-        return loss / counted
+            gradient = gradient.to(narrow)
+            x_gradient[start:start + rows] = gradient @ narrow_w
+            w_gradient += gradient.t() @ x_piece
+        ctx.save_for_backward(x_gradient.to(x.dtype), w_gradient.to(w.dtype))
+        return loss
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # here, and not before narrowing, comes the division by the number of targets
         x_gradient, w_gradient = ctx.saved_tensors
         return gradient * x_gradient, gradient * w_gradient, None, None, None
 
 
 def linear_cross_entropy(x, w, targets, softcap=0.0, logits_at_once=2**26):
-    """Mean cross-entropy in nats of the logits x w^T: x (B, T, C), w (V, C), targets (B, T) ids, -1 where there is none.
-
-    softcap: squash logits to softcap * tanh(logits / softcap), 0 for not. About logits_at_once logits are in memory at a time.
+    """Mean cross-entropy in nats of the logits x w^T, to be trained by: x (B, T, C), w (V, C), targets (B, T) ids, -1 where there is
+    none. softcap: squash logits to softcap * tanh(logits / softcap), 0 for not. About logits_at_once logits are in memory at a time.
     """
-    return LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), w, targets.reshape(-1), softcap, max(1, logits_at_once // len(w)))
+    total = LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), w, targets.reshape(-1), softcap, max(1, logits_at_once // len(w)))
+    return total / (targets >= 0).sum().clamp_min(1)

@@ -103,8 +103,8 @@ def alibi_mask(positions, S, mask, n_head, dtype):
     """What ALiBi adds to attention's logits (Press et al. 2022, section 3): a slope of the head's times the distance, -inf where
     a position is not seen. positions: (T,) or (B, T), mask: what may be seen, of the S columns -> (nh, T, S) or (B, nh, T, S)."""
     power = 2 ** math.floor(math.log2(n_head))  # slopes 2^(-8/n), 2^(-16/n), …; heads beyond a power of two lie in between
-    exponents = [8 * (i + 1) / power for i in range(power)] + [4 * (2 * i + 1) / power for i in range(n_head - power)]
-    slopes = torch.tensor([2 ** -e for e in exponents], device=positions.device, dtype=dtype)
+    head = torch.arange(n_head, device=positions.device, dtype=dtype)
+    slopes = torch.exp2(-torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power)
     columns = torch.arange(S, device=positions.device)
     distance = (columns - positions[..., None]).to(dtype)  # (T, S) or (B, T, S), 0 or less where it counts
     if distance.dim() == 3:
@@ -130,7 +130,7 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
-            q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
+            q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (q, k))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
@@ -318,10 +318,19 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, -1:]), None
         if not with_logits and targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE:
-            return None, linear_cross_entropy(x, self.lm_head.weight, targets, self.config.logit_softcap, LOGITS_AT_ONCE)
+            return None, self.loss_in_pieces(x, targets)
         logits = self.logits(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits if with_logits else None, loss
+
+    def loss_in_pieces(self, x, targets):
+        """The loss from hidden states (B, T, C), with no more than LOGITS_AT_ONCE logits in memory."""
+        if torch.is_grad_enabled():
+            return linear_cross_entropy(x, self.lm_head.weight, targets, self.config.logit_softcap, LOGITS_AT_ONCE)
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        pieces = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
+        total = sum(F.cross_entropy(self.logits(piece).float(), target, ignore_index=-1, reduction='sum') for piece, target in pieces)
+        return total / (targets >= 0).sum().clamp_min(1)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
         """Extend each row of idx (B, T), T >= 1, by max_new_tokens drawn tokens -> (B, T + max_new_tokens).

@@ -4,6 +4,9 @@ import math
 import torch
 import torch.distributed as dist
 
+from runtime import Ranks
+
+ALONE = Ranks()
 # Newton-Schulz coefficients of Jordan et al. 2024: steep at zero, so that small singular values grow fast, and no closer to 1 than needed
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -118,14 +121,15 @@ class Muon(AdamW):
             torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
             directions = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's: the gradient counts once more
             stack = self.orthogonalize(torch.stack([d if d.shape == shape else d.t() for d in directions]))  # (matrices, m, n)
-            stack *= torch.tensor([max(1, len(w) / w.size(1)) ** 0.5 for w in weights], device=stack.device)[:, None, None]
             shrink = group['lr'] * group['weight_decay']
             if skip is not None:
                 stack *= ~skip
                 shrink = shrink * ~skip
             if group['weight_decay']:
                 torch._foreach_mul_(weights, 1 - shrink)
-            torch._foreach_add_(weights, [d if w.shape == shape else d.t() for w, d in zip(weights, stack)], alpha=-group['lr'])
+            directions = [d if w.shape == shape else d.t() for w, d in zip(weights, stack)]
+            torch._foreach_mul_(directions, [-group['lr'] * max(1, len(w) / w.size(1)) ** 0.5 for w in weights])
+            torch._foreach_add_(weights, directions)
 
     def orthogonalize(self, stack):
         """orthogonalize() of a stack, of which each rank computes its share."""
@@ -154,7 +158,7 @@ def orthogonalize(stack, dtype=torch.float32, steps=5):
 
 
 def make_optimizer(model, learning_rate, weight_decay, betas, kind='adamw', muon_learning_rate=0.02, muon_momentum=0.95,
-                   ranks=None, dtype=torch.float32):
+                   ranks=ALONE, dtype=torch.float32):
     """The optimizer of a model. kind 'adamw': AdamW; 'muon': Muon for the matrices of the layers, AdamW for the rest.
 
     Matrices and embeddings decay, biases and gains do not. A group's learning rate is its 'lr_scale' times the run's. ranks and

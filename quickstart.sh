@@ -62,9 +62,9 @@ fi
 # --- train, sample, plot ---
 out=out-quickstart-$(basename "$dataset")
 init_from=scratch
-fingerprint=$(cat "data/$dataset/"{train.bin,val.bin,meta.json} | cksum)
+fingerprint=$(cat config/quickstart.py "data/$dataset/"{train.bin,val.bin,meta.json} | cksum)
 if [ -e "$out/ckpt.pt" ] && [ "$(cat "$out/data.cksum" 2>/dev/null)" = "$fingerprint" ]; then init_from=resume; fi
-mkdir -p "$out" && echo "$fingerprint" > "$out/data.cksum"  # resume on the same text only
+mkdir -p "$out" && echo "$fingerprint" > "$out/data.cksum"  # resume on the same text, and by the same recipe, only
 echo "== training on data/$dataset, into $out"
 $python train.py config/quickstart.py --dataset="$dataset" --out_dir="$out" --init_from=$init_from ${train_arguments[@]+"${train_arguments[@]}"}
 echo "== samples"

@@ -48,7 +48,11 @@ def train(name, arguments, seed):
     if result.returncode:
         errors = result.stderr.strip().removeprefix('error: ')
         raise UserError(f'train.py {arguments} ended with status {result.returncode}: {one_line(errors[-400:])}')
+    if 'done: ' not in result.stdout:
+        raise UserError(f'train.py {arguments} trained nothing: leave out what keeps it from it')
     evaluations = [r for r in read_metrics(os.path.join(folder, FILE)) if 'val/loss' in r]
+    if evaluations[0]['val/loss'] <= target:
+        raise UserError(f'--target={target}: {arguments} is there before its first update')
     at = next((r for r in evaluations if r['val/loss'] <= target), evaluations[-1])
     compilation = re.search(r'compilation ([\d.]+)s', result.stdout)
     run = {'curve': [(r['seconds'], r['val/loss']) for r in evaluations], 'reached': at['val/loss'] <= target, 'seconds': at['seconds'],
@@ -91,7 +95,6 @@ for n, (name, its) in enumerate(runs.items()):
     for i, run in enumerate(its):
         axes.plot(*zip(*run['curve']), color=f'C{n}', alpha=0.7, marker='o', markersize=2, label=None if i else f'{name}: {recipes[name]}')
 axes.axhline(target, color='gray', linestyle='--', linewidth=0.8, label=f'{target}')
-axes.set_ylim(top=min(4.3, max(run['curve'][0][1] for run in runs['baseline'])))
 axes.set_xlabel('training time (s)')
 axes.set_ylabel('validation loss (nats a token)')
 axes.grid(alpha=0.3)

@@ -44,6 +44,7 @@ from runtime import (
     pick_device,
     pick_dtype,
     seed_all,
+    synchronize,
     use_fast_float32,
 )
 from tokenizer import GPT2_SPEC, spec_from_meta, spec_vocab_size
@@ -129,6 +130,8 @@ for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
     if config[key] % w and not eval_only:
         lower = config[key] // w * w
         raise UserError(f'--{key}={config[key]} cannot be divided among {w} ranks: use {f"{lower} or " if lower else ""}{lower + w}')
+if bool(batch_ramp_from) != bool(batch_ramp_iters):
+    raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')
 batch_ramp_from = batch_ramp_from or gradient_accumulation_steps
 if gradient_accumulation_steps % batch_ramp_from:
     raise UserError(f'--batch_ramp_from={batch_ramp_from}: must divide --gradient_accumulation_steps={gradient_accumulation_steps}')
@@ -157,6 +160,7 @@ train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) 
 # --- model ----------------------------------------------------------------------------------------------------------------
 iter_num, best_val_loss, best_iter, evaluated_at = 0, math.inf, 0, -1  # iter_num counts the updates made
 resumed = None  # the checkpoint to go on from
+seconds_before = 0.0  # of training, before this process
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'n_kv_head', 'tie_weights', 'logit_softcap',
          'zero_init')
 seed_all(seed)
@@ -175,13 +179,16 @@ elif init_from == 'resume':
         if key in config.given and config[key] != getattr(model.config, key):
             raise UserError(f'--{key}={config[key]}: the run in {path} has {key}={getattr(model.config, key)}; leave it out to resume, '
                             'or start another run with another --out_dir')
-    iter_num, evaluated_at = resumed['iter_num'], resumed['evaluated_at']
+    iter_num, evaluated_at, seconds_before = resumed['iter_num'], resumed['evaluated_at'], resumed['seconds']
     if os.path.exists(os.path.join(out_dir, BEST)):
         best_val_loss, best_iter = resumed['best_val_loss'], resumed['best_iter']
     else:
         best_iter = iter_num  # nanoGPT's runs have no such file: the best is what the next evaluation finds
 else:
     model, pretrained_tokenizer = load_pretrained(init_from, dropout)
+    for key in SHAPE[5:]:
+        if key in config.given and config[key] != getattr(model.config, key):
+            raise UserError(f'--{key}={config[key]}: {init_from} has {key}={getattr(model.config, key)}; leave it out')
     if pretrained_tokenizer and tokenizer and tokenizer['kind'] == 'char':
         raise UserError(f'{data_dir} is in characters, {init_from} knows BPE tokens: choose a --dataset in its encoding')
     if block_size < model.config.block_size:
@@ -199,13 +206,15 @@ if tokenizer_vocab_size > model.config.vocab_size:
                     'choose another --dataset')
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
                        ramp=(batch_ramp_from, batch_ramp_iters))
+if not eval_only:
+    x, y = batches.next()
 val_tokens.require_window(block_size)
 eval_iters = eval_iters or -(-((len(val_tokens) - 1) // block_size) // batch_size)
-x, y = batches.next()
 model.to(device)
 
 # --- optimizer ------------------------------------------------------------------------------------------------------------
-optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), optimizer, muon_learning_rate, muon_momentum, ranks, dtype)
+optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), optimizer, muon_learning_rate, muon_momentum,
+                           ranks=ranks, dtype=dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
@@ -277,6 +286,11 @@ def evaluate():
     return means
 
 
+def training_seconds():
+    """What the whole run has trained for: evaluation, saving and logging stay out of it."""
+    return seconds_before + watch.total('forward', 'data', 'backward', 'optimizer')
+
+
 def save(is_best=False):
     """Write the whole state of the run; see checkpoint.py for why a crash at any moment is harmless."""
     if not ranks.is_main:
@@ -285,7 +299,8 @@ def save(is_best=False):
         raise UserError(f'the weights are not finite after {iter_num} updates, nothing was saved: lower --learning_rate, and go on from '
                         'the last save with --init_from=resume')
     state = {**model_entry(raw_model), 'config': dict(config), 'tokenizer': tokenizer, 'iter_num': iter_num,
-             'best_val_loss': best_val_loss, 'best_iter': best_iter, 'evaluated_at': evaluated_at, 'wandb_id': log.wandb_id}
+             'best_val_loss': best_val_loss, 'best_iter': best_iter, 'evaluated_at': evaluated_at, 'seconds': training_seconds(),
+             'wandb_id': log.wandb_id}
     save_checkpoint(out_dir, state, {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}, is_best)
 
 
@@ -299,7 +314,7 @@ if eval_only:
 parameters = list(raw_model.parameters())
 watched = raw_model.transformer.h[len(raw_model.transformer.h) // 2].attn.c_proj.weight  # one matrix, in the middle, stands for all
 flops_per_token, peak = raw_model.flops_per_token(), peak_flops(device, dtype)
-skipped = torch.zeros((), device=device)  # updates in a row that were not finite: on the device, so that the host need not wait for it
+skipped = longest = torch.zeros((), device=device)  # updates in a row that were not finite: on the device, so that no one waits for it
 clipped, unlogged, tokens = torch.zeros((), device=device), 0, 0  # updates, all updates and tokens since the last line of the log
 logged_seconds = 0.0  # training time until that line
 first_iter = iter_num
@@ -312,6 +327,8 @@ while True:
     due = (iter_num % eval_interval == 0 or iter_num >= max_iters) and evaluated_at != iter_num
     is_best = False
     if due and not stopping:
+        synchronize(device)  # what is still queued is training
+        watch.lap('optimizer')
         losses = evaluate()
         watch.lap('evaluation')
         if stop.on_any(ranks):  # a signal cuts an evaluation short, and its numbers do not count
@@ -321,7 +338,7 @@ while True:
                 raise UserError(f'the validation loss is {losses["val"]} after {iter_num} updates: lower --learning_rate, or use '
                                 '--dtype=float32; nothing was saved from here on')
             log.evaluation({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                            'seconds': watch.total('forward', 'data', 'backward', 'optimizer')})
+                            'seconds': training_seconds()})
             evaluated_at, is_best = iter_num, losses['val'] < best_val_loss
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num
@@ -363,12 +380,13 @@ while True:
     scaler.update()
     optimizer.zero_grad()
     skipped = (skipped + 1) * skip
+    longest = torch.maximum(longest, skipped)
     clipped += (grad_norm > grad_clip) & (grad_clip > 0)
     unlogged += 1
     tokens += micro_batches * tokens_per_micro_batch
     iter_num += 1
-    if (log_due or iter_num % max_skipped_iters == 0) and skipped >= max_skipped_iters:
-        raise UserError(f'loss or gradient was not finite in {int(skipped)} updates in a row, up to update {iter_num - 1}: lower '
+    if (log_due or iter_num % max_skipped_iters == 0) and longest >= max_skipped_iters:
+        raise UserError(f'loss or gradient was not finite in {int(longest)} updates in a row, by update {iter_num - 1}: lower '
                         '--learning_rate, raise --warmup_iters, or use --dtype=float32, and go on from the last save by '
                         '--init_from=resume')
     watch.lap('optimizer')
@@ -377,7 +395,7 @@ while True:
     if log_due:
         mean_loss, grad_norm = mean_loss.item(), grad_norm.item()
         watch.lap('optimizer')
-        seconds = watch.total('forward', 'data', 'backward', 'optimizer')  # evaluation, saving and logging stay out of it
+        seconds = training_seconds() - seconds_before
         elapsed, logged_seconds = seconds - logged_seconds, seconds
         log.update({
             'iter': iter_num - 1, 'loss': mean_loss, 'lr': lr,

@@ -1,22 +1,31 @@
-# What ./quickstart.sh trains: a character GPT of a size that the device trains in two minutes or less.
+# What ./quickstart.sh trains: a character GPT of a size that the device trains in about a minute, by the recipe that learned fastest
+# in the speedruns (BENCHMARKS.md).
 import torch
 
-eval_interval = 250
-log_interval = 50
+eval_interval = 125
+log_interval = 25
 eval_iters = 20
 gradient_accumulation_steps = 1
 data_order = 'shuffle'
-beta2 = 0.99
-warmup_iters = 100
 
-if torch.cuda.is_available():  # 10.65M parameters
-    n_layer, n_head, n_embd, block_size, batch_size, dropout = 6, 6, 384, 256, 64, 0.2
-    learning_rate, min_lr, max_iters = 1e-3, 1e-4, 2500
+pos = 'rope'
+norm = 'rmsnorm'
+mlp = 'relu2'
+qk_norm = True
+zero_init = True
+optimizer = 'muon'
+learning_rate = 0.02
+beta2 = 0.95
+weight_decay = 0.0
+warmup_iters = 10
+min_lr = 0.0
+
+if torch.cuda.is_available():  # 10.6M parameters
+    n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 6, 6, 384, 256, 64, 0.2, 1000
 elif torch.backends.mps.is_available():  # 2.7M
-    n_layer, n_head, n_embd, block_size, batch_size, dropout = 6, 6, 192, 128, 32, 0.1
-    learning_rate, min_lr, max_iters = 1e-3, 1e-4, 1500
-else:  # 0.80M
-    n_layer, n_head, n_embd, block_size, batch_size, dropout = 4, 4, 128, 64, 12, 0.0
-    learning_rate, min_lr, max_iters = 4e-3, 1e-4, 1500
+    n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 6, 6, 192, 128, 32, 0.1, 1000
+else:  # 0.79M
+    n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 4, 2, 128, 64, 24, 0.0, 1000
 lr_decay_iters = max_iters
+cooldown_iters = int(0.8 * max_iters)
 compile = torch.cuda.is_available()  # elsewhere it takes longer than it saves in so short a run

@@ -81,7 +81,7 @@ class ReferenceGPT(nn.Module):
                 kv_part = slice(kv * width, (kv + 1) * width)
                 queries, keys = q[:, :, part], k[:, :, kv_part]
                 if self.qk_norm:
-                    queries, keys = (z / torch.sqrt((z ** 2).mean(-1, keepdim=True) + torch.finfo(z.dtype).eps) for z in (queries, keys))
+                    queries, keys = (z / torch.sqrt((z ** 2).mean(-1, keepdim=True) + 1e-5) for z in (queries, keys))
                 if self.pos == 'rope':
                     queries, keys = (torch.stack([rotated(z[:, t], t) for t in range(T)], dim=1) for z in (queries, keys))
                 for t in range(T):

@@ -30,9 +30,10 @@ def test_products_are_float32(onednn, shape):
         torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-5 * k ** 0.5)
 
 
+@pytest.mark.parametrize('short', [0, 128])
 @pytest.mark.parametrize('heads', [4, 2, 1])
 @pytest.mark.parametrize('kind', ['causal', 'bool', 'float'])
-def test_short_attention(monkeypatch, heads, kind):
+def test_attention(monkeypatch, heads, kind, short):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, T, 8, dtype=torch.float64, requires_grad=True) for n, T in ((4, 5), (heads, 9), (heads, 9)))
     mask = {'causal': torch.ones(5, 9).tril(4).bool(), 'bool': torch.rand(2, 1, 5, 9) > 0.5, 'float': torch.randn(4, 5, 9).double()}[kind]
@@ -40,7 +41,7 @@ def test_short_attention(monkeypatch, heads, kind):
         mask[..., 0] = True  # each sees something
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
-    monkeypatch.setattr(kernels, 'short_context', 128)
+    monkeypatch.setattr(kernels, 'short_context', short)
     y = kernels.attention(q, k, v, None if kind == 'causal' else mask)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (q, k, v)), gradients)

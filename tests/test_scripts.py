@@ -187,12 +187,16 @@ def test_speedrun(workspace):
     recipe = workspace / 'recipe.py'
     recipe.write_text('\n'.join(f'{key} = {value!r}' for key, value in dict(
         dataset='tiny', device='cpu', compile=False, n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4,
-        gradient_accumulation_steps=1, eval_interval=4, max_iters=12, learning_rate=1e-3, warmup_iters=2, lr_decay_iters=12).items()))
+        gradient_accumulation_steps=1, eval_interval=4, max_iters=12, learning_rate=1e-4, warmup_iters=2, lr_decay_iters=12).items()))
     output = run_ok('speedrun.py', '--baseline=recipe.py', '--contender=recipe.py --learning_rate=1e-2 --max_iters=20', '--target=3.25',
                     '--seeds=2', cwd=workspace)
     assert 'baseline, recipe.py: 0 of 2 at 3.25' in output and 'contender, recipe.py --learning_rate=1e-2 --max_iters=20: 2 of 2' in output
     assert output.count('time of the contender over that of the baseline') == 2
     assert (workspace / 'out-speedrun' / 'speedrun.png').read_bytes().startswith(b'\x89PNG')
+    for arguments, words in ((['--target=9'], '--target=9.0: recipe.py is there before its first update'),
+                             (['--baseline=recipe.py --eval_only=True'], 'trained nothing')):
+        result = run('speedrun.py', '--baseline=recipe.py', '--contender=recipe.py', '--seeds=1', *arguments, cwd=workspace)
+        assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('baseline', ['recompute', 'transformers'])

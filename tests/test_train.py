@@ -160,7 +160,7 @@ def test_target(workspace):
     output = run_forked_ok('train.py', *arguments, '--target_val_loss=3.1', cwd=workspace)
     evaluations = metrics(workspace / 'out')[1]
     assert evaluations[-1]['val/loss'] <= 3.1 < evaluations[-2]['val/loss'] and 'done: ' in output
-    assert 0 == evaluations[0]['seconds'] < evaluations[1]['seconds'] < evaluations[-1]['seconds']
+    assert 0 <= evaluations[0]['seconds'] < evaluations[1]['seconds'] < evaluations[-1]['seconds']
     assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['model_args']['vocab_size'] == 64
     output = run_forked_ok('evaluate.py', '--out_dir=out', '--device=cpu', cwd=workspace)
     assert float(re.search(r'loss ([\d.]+)', output).group(1)) == pytest.approx(evaluations[-1]['val/loss'], abs=2e-4)
@@ -270,6 +270,21 @@ def test_compilation_and_its_absence(workspace, compiler):
     assert not any('_orig_mod' in key for key in torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['model'])
 
 
+def test_compiled_loss_in_pieces(workspace):
+    """A vocabulary too large for its logits to be made at once, compiled, in bfloat16, on two ranks: no warning, the loss of one
+    eager rank."""
+    common = [*TINY, '--max_iters=3', '--vocab_multiple=64', '--dtype=bfloat16']
+    run_ok('train.py', *common, '--out_dir=one', cwd=workspace)
+    small = {'PYTHONPATH': str(workspace / 'small')}
+    (workspace / 'small').mkdir()
+    (workspace / 'small' / 'sitecustomize.py').write_text(
+        'import sys\nsys.path.insert(0, %r)\nimport model\nmodel.LOGITS_AT_ONCE = 64 * 10\n' % str(REPO))
+    output = torchrun(2, *common, '--out_dir=two', '--compile=True', cwd=workspace, **small)
+    assert 'warning' not in output
+    one, two = (metrics(workspace / name)[0] for name in ('one', 'two'))
+    assert [r['loss'] for r in one] == pytest.approx([r['loss'] for r in two], abs=0.01)
+
+
 def test_a_nanogpt_user_brings_everything(workspace):
     """A config file, bins without description beside a meta.pkl, and a ckpt.pt with the optimizer inside; the result
     opens as nanoGPT opens it."""
@@ -365,7 +380,9 @@ def test_a_final_evaluation_that_was_missed_is_made_up(workspace):
     torch.save({**checkpoint, 'evaluated_at': 4}, path)
     before = metrics(workspace / 'out')
     output = run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
-    assert 'step 7: ' in output and metrics(workspace / 'out') == before
+    after = metrics(workspace / 'out')
+    assert [r.pop('seconds') for r in after[1]] == pytest.approx([r.pop('seconds') for r in before[1]], abs=1e-3)
+    assert 'step 7: ' in output and after == before
     assert 'nothing to do' in run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
     run_forked_ok('train.py', *TINY, '--max_iters=9', '--init_from=resume', cwd=workspace)
     assert [r['iter'] for r in metrics(workspace / 'out')[1]] == [0, 4, 7, 8, 9]
