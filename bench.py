@@ -78,7 +78,7 @@ config = configure(globals())
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'n_kv_head',
          'tie_weights', 'logit_softcap', 'zero_init')
 
-require(config, lambda v: v in ('train', 'decode'), 'train or decode', 'mode')
+require(config, lambda v: v in ('train', 'decode'), 'train or decode; whole runs to a loss are timed by speedrun.py', 'mode')
 require(config, lambda v: v in (('', 'eager') if mode == 'train' else ('', 'transformers', 'recompute')),
         'eager' if mode == 'train' else 'transformers or recompute', 'baseline')
 require(config, lambda v: v in ('adamw', 'muon'), 'adamw or muon', 'optimizer')

@@ -9,10 +9,8 @@ gradient_accumulation_steps = 1
 data_order = 'shuffle'
 
 pos = 'rope'
-norm = 'rmsnorm'
 mlp = 'relu2'
 qk_norm = True
-zero_init = True
 optimizer = 'muon'
 learning_rate = 0.02
 beta2 = 0.95

@@ -19,10 +19,8 @@ n_embd = 384
 dropout = 0.2
 bias = False
 pos = 'rope'
-norm = 'rmsnorm'
 mlp = 'relu2'
 qk_norm = True
-zero_init = True
 vocab_multiple = 64
 
 optimizer = 'muon'
