@@ -89,11 +89,11 @@ def run_forked_ok(script, *arguments, **keywords):
 
 
 def torchrun(processes, *arguments, cwd, **extra):
-    """Train on several ranks of this machine -> standard output."""
+    """Train on several ranks of this machine -> standard output and error."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', str(REPO / 'train.py')]
     result = subprocess.run([*command, *arguments], cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 def write_data(folder, n_train=4000, n_val=1000, chars=CHARS):

@@ -264,8 +264,8 @@ def test_compilation_and_its_absence(workspace, compiler):
     run_ok('train.py', *TINY, '--max_iters=3', '--out_dir=eager', cwd=workspace)
     compiled, eager = metrics(workspace / 'out')[0], metrics(workspace / 'eager')[0]
     assert [r['loss'] for r in compiled] == pytest.approx([r['loss'] for r in eager], abs=1e-3)
-    if compiler != 'works':
-        assert result.stderr.startswith('warning: torch.compile does not work here') and result.stderr.count('\n') == 1
+    if compiler != 'works' or torch.__version__.startswith('2.6.'):  # which is wrong, and therefore not used
+        assert result.stderr.startswith('warning: torch') and result.stderr.count('\n') == 1
         assert identical(weights(workspace / 'out'), weights(workspace / 'eager'))
     assert not any('_orig_mod' in key for key in torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['model'])
 
@@ -280,7 +280,7 @@ def test_compiled_loss_in_pieces(workspace):
     (workspace / 'small' / 'sitecustomize.py').write_text(
         'import sys\nsys.path.insert(0, %r)\nimport model\nmodel.LOGITS_AT_ONCE = 64 * 10\n' % str(REPO))
     output = torchrun(2, *common, '--out_dir=two', '--compile=True', cwd=workspace, **small)
-    assert 'warning' not in output
+    assert 'compiling' in output and 'warning: torch' not in output
     one, two = (metrics(workspace / name)[0] for name in ('one', 'two'))
     assert [r['loss'] for r in one] == pytest.approx([r['loss'] for r in two], abs=0.01)
 
