@@ -345,6 +345,6 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 use_fast_float32(device)
 if mode == 'train':
-    use_onednn_products(device)
     keep_memory(device)
+    use_onednn_products(device)
 bench_training(device, dtype) if mode == 'train' else bench_decoding(device, dtype)

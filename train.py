@@ -136,11 +136,11 @@ batch_ramp_from = batch_ramp_from or gradient_accumulation_steps
 if gradient_accumulation_steps % batch_ramp_from:
     raise UserError(f'--batch_ramp_from={batch_ramp_from}: must divide --gradient_accumulation_steps={gradient_accumulation_steps}')
 device = pick_device(device, ranks)
+keep_memory(device)  # before there are threads
 dtype = pick_dtype(dtype, device)
 join_ranks(backend, device, ranks)
 use_fast_float32(device)
 use_onednn_products(device)
-keep_memory(device)
 
 
 def say(*words):
