@@ -413,7 +413,11 @@ while True:
 log.close()
 say('time: ' + ', '.join(f'{name} {seconds:.1f}s' for name, seconds in watch.seconds.items()))
 leave_ranks(ranks)
+status = 128 + (stop.received or signal.SIGTERM) if stopping else 0  # the shell's status for a program that a signal ended
 if stopping:
     say(f'stopped after {iter_num} updates, all saved; to go on: {stop.resume_command(ranks)}')
-    sys.exit(128 + (stop.received or signal.SIGTERM))  # the shell's status for a program that a signal ended
-say(f'done: {iter_num} updates, best validation loss {best_val_loss:.4f} after {best_iter}; saved in {out_dir}')
+else:
+    say(f'done: {iter_num} updates, best validation loss {best_val_loss:.4f} after {best_iter}; saved in {out_dir}')
+if ranks.world_size > 1:
+    os._exit(status)  # all is saved and printed; in an orderly exit a thread of gloo's aborts the process now and then
+sys.exit(status)
