@@ -9,6 +9,7 @@
     python bench.py --mode=decode --quantize=int8
 """
 import copy
+import dataclasses
 import math
 import os
 import statistics
@@ -75,8 +76,6 @@ rounds = 5  # decode: times that everything is measured, in turns
 quantize = ''  # decode: 'int8': 8-bit weights on a CPU
 baseline = ''  # also time, train: 'eager', the plain step; decode: 'transformers', Hugging Face's, or 'recompute', without a cache
 config = configure(globals())
-SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'n_kv_head',
-         'tie_weights', 'logit_softcap', 'zero_init')
 
 require(config, lambda v: v in ('train', 'decode'), 'train or decode; whole runs to a loss are timed by speedrun.py', 'mode')
 require(config, lambda v: v in (('', 'eager') if mode == 'train' else ('', 'transformers', 'recompute')),
@@ -93,6 +92,8 @@ for key in ('profile',) if mode == 'decode' else ('quantize',):
 if baseline == 'transformers' and prompt_tokens + max_new_tokens > block_size:
     raise UserError(f'--baseline=transformers: has no room for {prompt_tokens} + {max_new_tokens} tokens in --block_size={block_size}')
 require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_iters', 'max_seconds', 'seed')
+with user_errors(ValueError):
+    model_config = GPTConfig(**{field.name: config[field.name] for field in dataclasses.fields(GPTConfig)})
 
 
 def bench_training(device, dtype):
@@ -151,8 +152,7 @@ def bench_training(device, dtype):
 def make_step(device, dtype, compiled):
     """A function that makes one update of a new model on a batch -> its loss, a float. Its attribute `flops` tells how many."""
     seed_all(seed)
-    with user_errors(ValueError):
-        model = GPT(GPTConfig(**{key: config[key] for key in SHAPE})).to(device).train()
+    model = GPT(model_config).to(device).train()
     updates = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95), optimizer, ranks=Ranks(), dtype=dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -220,8 +220,6 @@ def bench_decoding(device, dtype):
     Random weights, the likeliest token each time. The memory-bound limit: drawing a token reads every matrix once, and the keys
     and values of every text in the batch; at the speed at which the device sums up as many bytes, that takes so long.
     """
-    with user_errors(ValueError):
-        model_config = GPTConfig(**{key: config[key] for key in SHAPE})
     seed_all(seed)
     model = GPT(model_config).eval()
     prompt = torch.randint(vocab_size, (prompt_tokens,)).tolist()

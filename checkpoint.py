@@ -292,10 +292,9 @@ def to_hugging_face(model):
     except ImportError as error:
         raise UserError('this needs the package transformers: pip install transformers') from error
     config = model.config
-    foreign = {name: value for name, value in model_args_of(config).items() if name not in (*NANOGPT_FIELDS, 'mlp')}
-    if foreign or config.mlp not in HF_ACTIVATIONS.values():
-        raise UserError(f'only a GPT-2 can be given to transformers, not a model with {next(iter(foreign), "mlp")}='
-                        f'{foreign[next(iter(foreign))] if foreign else config.mlp}')
+    for name, value in model_args_of(config).items():
+        if name not in (*NANOGPT_FIELDS, 'mlp') or name == 'mlp' and value not in HF_ACTIVATIONS.values():
+            raise UserError(f'only a GPT-2 can be given to transformers, not a model with {name}={value}')
     hf_model = GPT2LMHeadModel(GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
         activation_function={ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}[config.mlp],

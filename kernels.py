@@ -119,7 +119,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient * x_gradient, gradient * w_gradient, None, None, None
 
 
-def linear_cross_entropy(x, w, targets, softcap=0.0, logits_at_once=2**26):
+def linear_cross_entropy(x, w, targets, softcap, logits_at_once):
     """Mean cross-entropy in nats of the logits x w^T, to be trained by: x (B, T, C), w (V, C), targets (B, T) ids, -1 where there is
     none. softcap: squash logits to softcap * tanh(logits / softcap), 0 for not. About logits_at_once logits are in memory at a time.
     """

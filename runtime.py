@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, one_line, user_errors
+from configurator import UserError, flush_output, one_line, user_errors
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -182,11 +182,18 @@ def join_ranks(backend, device, ranks):
             dist.init_process_group(backend)
 
 
-def leave_ranks(ranks):
-    """Wait for the others and disconnect."""
-    if ranks.world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+def end(ranks, status=0):
+    """Leave the program with this exit status; several ranks wait for one another first. All that matters must have been written.
+
+    They leave without the interpreter's own clean-up, in which one of gloo's threads now and then aborted a rank that was done.
+    """
+    if ranks.world_size == 1:
+        sys.exit(status)
+    dist.barrier()
+    dist.destroy_process_group()
+    flush_output()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------

@@ -39,11 +39,12 @@ except ImportError as error:
     raise UserError('the plot needs the package matplotlib: pip install matplotlib') from error
 
 
-def train(name, arguments, seed):
-    """Train once -> what came of it: curve [(seconds, loss)], seconds and updates to the target, compilation, last loss."""
+def train(name, seed):
+    """Train once by the recipe of that name -> what came of it: curve [(seconds, loss)], seconds and updates to the target, compilation, last loss."""
     folder = os.path.join(out_dir, f'{name}-{seed}')
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
-    command = [sys.executable, script, *shlex.split(arguments), f'--seed={seed}', f'--out_dir={folder}', '--eval_iters=0']
+    arguments = shlex.join(recipes[name])
+    command = [sys.executable, script, *recipes[name], f'--seed={seed}', f'--out_dir={folder}', '--eval_iters=0']
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         errors = result.stderr.strip().removeprefix('error: ')
@@ -70,17 +71,17 @@ def spread(values, digits):
 
 with user_errors(OSError, where=f'cannot write to --out_dir={out_dir}: '):
     os.makedirs(out_dir, exist_ok=True)
-recipes = {'baseline': baseline, 'contender': contender}
-for name, arguments in recipes.items():
-    with user_errors(ValueError, where=f'--{name}={arguments}: '):
-        shlex.split(arguments)
+recipes = {}  # arguments of train.py
+for name in ('baseline', 'contender'):
+    with user_errors(ValueError, where=f'--{name}={config[name]}: '):
+        recipes[name] = shlex.split(config[name])
 runs = {name: [] for name in recipes}
 for seed in range(first_seed, first_seed + seeds):
-    for name, arguments in recipes.items():
-        runs[name].append(train(name, arguments, seed))
+    for name in recipes:
+        runs[name].append(train(name, seed))
 
 for name, its in runs.items():
-    print(f'{name}, {recipes[name]}: {sum(run["reached"] for run in its)} of {seeds} at {target}; '
+    print(f'{name}, {config[name]}: {sum(run["reached"] for run in its)} of {seeds} at {target}; '
           f'{spread([run["seconds"] for run in its], 2)}s, {spread([run["iters"] for run in its], 0)} updates; '
           f'with compilation {spread([run["seconds"] + run["compilation"] for run in its], 2)}s; '
           f'loss at the end {spread([run["loss"] for run in its], 4)} after {spread([run["end"] for run in its], 2)}s')
@@ -93,7 +94,7 @@ FigureCanvasAgg(figure)
 axes = figure.add_subplot()
 for n, (name, its) in enumerate(runs.items()):
     for i, run in enumerate(its):
-        axes.plot(*zip(*run['curve']), color=f'C{n}', alpha=0.7, marker='o', markersize=2, label=None if i else f'{name}: {recipes[name]}')
+        axes.plot(*zip(*run['curve']), color=f'C{n}', alpha=0.7, marker='o', markersize=2, label=None if i else f'{name}: {config[name]}')
 axes.axhline(target, color='gray', linestyle='--', linewidth=0.8, label=f'{target}')
 axes.set_xlabel('training time (s)')
 axes.set_ylabel('validation loss (nats a token)')

@@ -5,10 +5,10 @@ On one node:        torchrun --standalone --nproc_per_node=4 train.py config/tra
 On two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py …   (on each)
 After any stop:     the same command and --init_from=resume
 """
+import dataclasses
 import math
 import os
 import signal
-import sys
 from contextlib import nullcontext
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import (
     BEST,
     LATEST,
+    NANOGPT_FIELDS,
     load_checkpoint,
     load_optimizer_buffers,
     load_pretrained,
@@ -37,9 +38,9 @@ from runtime import (
     Stopwatch,
     autocast,
     compile_or_stay_eager,
+    end,
     find_ranks,
     join_ranks,
-    leave_ranks,
     peak_flops,
     pick_device,
     pick_dtype,
@@ -161,21 +162,20 @@ train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) 
 iter_num, best_val_loss, best_iter, evaluated_at = 0, math.inf, 0, -1  # iter_num counts the updates made
 resumed = None  # the checkpoint to go on from
 seconds_before = 0.0  # of training, before this process
-SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'n_kv_head', 'tie_weights', 'logit_softcap',
-         'zero_init')
+shape_keys = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
 seed_all(seed)
 if init_from == 'scratch':
     vocab_size = GPTConfig.vocab_size if tokenizer == GPT2_SPEC else tokenizer_vocab_size
     vocab_size = -(-vocab_size // vocab_multiple) * vocab_multiple
     with user_errors(ValueError):
-        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in SHAPE}))
+        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in shape_keys}))
 elif init_from == 'resume':
     path = os.path.join(out_dir, LATEST)
     resumed = load_checkpoint(path)
     if resumed.get('tokenizer') not in (None, tokenizer):
         raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
     model = restore_model(resumed, path, dropout)
-    for key in SHAPE:  # unless asked for, the shape is the checkpoint's, as in nanoGPT
+    for key in shape_keys:  # unless asked for, the shape is the checkpoint's, as in nanoGPT
         if key in config.given and config[key] != getattr(model.config, key):
             raise UserError(f'--{key}={config[key]}: the run in {path} has {key}={getattr(model.config, key)}; leave it out to resume, '
                             'or start another run with another --out_dir')
@@ -186,8 +186,8 @@ elif init_from == 'resume':
         best_iter = iter_num  # nanoGPT's runs have no such file: the best is what the next evaluation finds
 else:
     model, pretrained_tokenizer = load_pretrained(init_from, dropout)
-    for key in SHAPE[5:]:
-        if key in config.given and config[key] != getattr(model.config, key):
+    for key in shape_keys:
+        if key not in NANOGPT_FIELDS and key in config.given and config[key] != getattr(model.config, key):
             raise UserError(f'--{key}={config[key]}: {init_from} has {key}={getattr(model.config, key)}; leave it out')
     if pretrained_tokenizer and tokenizer and tokenizer['kind'] == 'char':
         raise UserError(f'{data_dir} is in characters, {init_from} knows BPE tokens: choose a --dataset in its encoding')
@@ -195,7 +195,7 @@ else:
         model.crop_block_size(block_size)
     elif block_size > model.config.block_size and 'block_size' in config.given:
         raise UserError(f'--block_size={block_size}: {init_from} has {model.config.block_size} positions, use at most that')
-config.update({key: getattr(model.config, key) for key in SHAPE})
+config.update({key: getattr(model.config, key) for key in shape_keys})
 block_size = model.config.block_size
 if resumed:
     changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in resumed['config'].items()
@@ -226,8 +226,7 @@ if resumed and not eval_only:
     resumed.pop('optimizer', None)
 if resumed and evaluated_at == iter_num >= max_iters and not eval_only:
     say(f'nothing to do: this run has made its {iter_num} updates; to go on, raise --max_iters')
-    leave_ranks(ranks)
-    sys.exit(0)
+    end(ranks)
 
 # --- compile and wrap -----------------------------------------------------------------------------------------------------
 tokens_per_micro_batch = batch_size * block_size
@@ -307,8 +306,7 @@ def save(is_best=False):
 if eval_only:
     losses = evaluate()
     say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-    leave_ranks(ranks)
-    sys.exit(0)
+    end(ranks)
 
 # --- the loop -------------------------------------------------------------------------------------------------------------
 parameters = list(raw_model.parameters())
@@ -318,7 +316,6 @@ skipped = longest = torch.zeros((), device=device)  # updates in a row that were
 clipped, unlogged, tokens = torch.zeros((), device=device), 0, 0  # updates, all updates and tokens since the last line of the log
 logged_seconds = 0.0  # training time until that line
 first_iter = iter_num
-raw_model.train()
 watch.lap('start')
 
 while True:
@@ -412,12 +409,9 @@ while True:
 # --- the end --------------------------------------------------------------------------------------------------------------
 log.close()
 say('time: ' + ', '.join(f'{name} {seconds:.1f}s' for name, seconds in watch.seconds.items()))
-leave_ranks(ranks)
 status = 128 + (stop.received or signal.SIGTERM) if stopping else 0  # the shell's status for a program that a signal ended
 if stopping:
     say(f'stopped after {iter_num} updates, all saved; to go on: {stop.resume_command(ranks)}')
 else:
     say(f'done: {iter_num} updates, best validation loss {best_val_loss:.4f} after {best_iter}; saved in {out_dir}')
-if ranks.world_size > 1:
-    os._exit(status)  # all is saved and printed; in an orderly exit a thread of gloo's aborts the process now and then
-sys.exit(status)
+end(ranks, status)

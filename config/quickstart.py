@@ -22,7 +22,7 @@ if torch.cuda.is_available():  # 10.6M parameters
     n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 6, 6, 384, 256, 64, 0.2, 1000
 elif torch.backends.mps.is_available():  # 2.7M
     n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 6, 6, 192, 128, 32, 0.1, 1000
-else:  # 0.79M
+else:  # 0.80M
     n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 4, 2, 128, 64, 24, 0.0, 1000
 lr_decay_iters = max_iters
 cooldown_iters = int(0.8 * max_iters)
