@@ -40,7 +40,7 @@ except ImportError as error:
 
 
 def train(name, seed):
-    """Train once by the recipe of that name -> what came of it: curve [(seconds, loss)], seconds and updates to the target, compilation, last loss."""
+    """Train once -> what came of it: curve [(seconds, loss)], seconds and updates to the target, compilation, last loss."""
     folder = os.path.join(out_dir, f'{name}-{seed}')
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
     arguments = shlex.join(recipes[name])
