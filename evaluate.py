@@ -1,4 +1,4 @@
-"""The loss of a trained model on a data set.
+"""The loss of a trained model on a data set: nats a token, perplexity, and bits per byte of the text.
 
     python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split, in whole windows
     python evaluate.py --out_dir=out-shakespeare-char --quantize=int8  and what 8-bit weights cost
@@ -14,7 +14,7 @@ from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, eval_batches, read_meta
 from packing import pack
 from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
-from tokenizer import spec_from_meta
+from tokenizer import load_tokenizer, same_ids, spec_from_meta
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
@@ -45,7 +45,7 @@ data_dir = os.path.join('data', dataset)
 meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     spec = spec_from_meta(meta)
-if tokenizer and spec and spec != tokenizer and (spec['kind'] == tokenizer['kind'] or 'char' in (spec['kind'], tokenizer['kind'])):
+if tokenizer and spec and not same_ids(spec, tokenizer):
     raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
 tokens = Tokens(data_dir, split, meta, model.config.vocab_size)
 if block_size > model.config.block_size:
@@ -57,12 +57,17 @@ model.eval().to(device)
 pack(model, device, dtype, quantize)
 
 # --- loss -------------------------------------------------------------------------------------------------------------
-total, count = 0.0, 0
+token_bytes = load_tokenizer(spec).token_bytes() if spec else None
+total, count, n_bytes = 0.0, 0, 0
 with torch.inference_mode(), autocast(device, dtype):
     for x, y in eval_batches(tokens, block_size, batch_size, eval_iters or len(tokens), Ranks(), device):
         n = int((y >= 0).sum())
         total, count = total + model(x, y, with_logits=False)[1].item() * n, count + n
+        if token_bytes is not None:
+            n_bytes += int(token_bytes[y[y >= 0].cpu().numpy()].sum())
 loss = total / count
 if not math.isfinite(loss):
     raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
-print(f'{data_dir}, {split}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, over {count:,} tokens in windows of {block_size}')
+bits_per_byte = f'{total / math.log(2) / n_bytes:.4f} bits per byte, ' if n_bytes else ''  # what tokenizers can be compared by
+print(f'{data_dir}, {split}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {bits_per_byte}'
+      f'over {count:,} tokens in windows of {block_size}')

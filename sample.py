@@ -17,7 +17,7 @@ from dataloader import read_meta
 from generation import Context, Sample, Sampling, generate
 from packing import pack
 from runtime import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
-from tokenizer import GPT2_SPEC, load_tokenizer, spec_from_meta
+from tokenizer import load_tokenizer, spec_from_meta
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
@@ -88,7 +88,7 @@ def read_text(path):
 def encode(text, where):
     """text -> ids; UserError, led by `where`, if there are none, or it has characters that the model does not know."""
     with user_errors(ValueError, where=f'{where}: '):
-        ids = tokenizer.encode(text, special=True) if spec == GPT2_SPEC else tokenizer.encode(text)
+        ids = tokenizer.encode(text, special=True)
         if not len(ids):
             raise ValueError('a prompt must have at least one token; a line end will do')
         return ids.tolist()

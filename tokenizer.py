@@ -1,6 +1,8 @@
-"""Text to token ids and back. A tokenizer is described by a small dict (its spec) that is stored as data with the data
-set and in every checkpoint: {'kind': 'char', 'chars': 'abc…'}, {'kind': 'gpt2'}, {'kind': 'tokenizers', 'json': '…'}."""
+"""Text to token ids and back. A tokenizer is described by a small dict (its spec) that is stored as data with the data set and in
+every checkpoint: {'kind': 'char', 'chars': 'abc…'}, {'kind': 'byte'}, {'kind': 'gpt2'}, and, with the text of a tokenizer.json of the
+tokenizers library, {'kind': 'bpe', 'json': '…'} for one trained here and {'kind': 'tokenizers', 'json': '…'} for any other."""
 import functools
+import json
 
 import numpy as np
 
@@ -8,6 +10,16 @@ from configurator import UserError, one_line
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_SPEC = {'kind': 'gpt2'}
+END_OF_TEXT = '<|endoftext|>'
+
+
+def replace_surrogates(text):
+    """The text with each lone surrogate, which JSON and broken file names may hold, as U+FFFD: UTF-8 has no bytes for it."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
 
 
 class CharTokenizer:
@@ -26,8 +38,9 @@ class CharTokenizer:
         """The tokenizer of exactly the characters in the text, in code point order."""
         return cls(''.join(sorted(set(text))))
 
-    def encode(self, text):
-        """text -> ids, an int array (len(text),). Raises ValueError naming the first character not in the vocabulary."""
+    def encode(self, text, special=False):
+        """text -> ids, an int array (len(text),). Raises ValueError naming the first character not in the vocabulary. special is for
+        the other tokenizers: here are no special tokens."""
         codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype=np.uint32)
         ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
         unknown = (ids < 0) | (codes >= len(self.ids))
@@ -41,37 +54,137 @@ class CharTokenizer:
         """ids -> text."""
         return ''.join(self.chars[i] for i in ids)
 
+    def token_bytes(self):
+        """The length of each token in bytes -> int array (vocab_size,)."""
+        return np.array([len(c.encode('utf-8', 'surrogatepass')) for c in self.chars])
+
     def spec(self):
         return {'kind': 'char', 'chars': self.chars}
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-level BPE of 50,257 ids, by tiktoken, which downloads its vocabulary once and keeps it."""
-
-    def __init__(self):
-        self.vocab_size = GPT2_VOCAB_SIZE
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise UserError('the GPT-2 vocabulary needs the package tiktoken: pip install tiktoken') from error
-        try:
-            self.bpe = tiktoken.get_encoding('gpt2')
-        except Exception as error:  # requests' errors, OSError or ValueError, by what went wrong on the way
-            raise UserError('tiktoken cannot load the GPT-2 vocabulary; it needs the network once, or TIKTOKEN_CACHE_DIR '
-                            f'naming a folder that has it ({type(error).__name__})') from error
-        self.end_of_text = self.bpe.eot_token
+class ByteTokenizer:
+    """UTF-8: the ids 0 to 255 are bytes, 256 ends a text. It knows every text, and nothing has to be learned for it."""
+    vocab_size, end_of_text = 257, 256
 
     def encode(self, text, special=False):
-        """text -> ids, an int array. special=True reads '<|endoftext|>' as the one token, else it is text like any other."""
-        ids = self.bpe.encode(text, allowed_special='all') if special else self.bpe.encode_ordinary(text)
-        return np.array(ids, dtype=np.int32)
+        """text -> ids, an int array. special=True reads '<|endoftext|>' as the one token, else it is text like any other. A lone
+        surrogate, which UTF-8 has no bytes for, becomes U+FFFD."""
+        text = replace_surrogates(text)
+        rows = [np.frombuffer(part.encode(), dtype=np.uint8) for part in (text.split(END_OF_TEXT) if special else [text])]
+        return np.concatenate([rows[0], *(np.concatenate(([self.end_of_text], row)) for row in rows[1:])]).astype(np.int32)
+
+    def decode(self, ids):
+        """ids -> text; bytes that are not UTF-8 become U+FFFD."""
+        return b''.join(bytes((i,)) if i < 256 else END_OF_TEXT.encode() for i in ids).decode('utf-8', 'replace')
+
+    def token_bytes(self):
+        """The length of each token in bytes, 0 for the end of text -> int array (257,)."""
+        return (np.arange(self.vocab_size) < self.end_of_text).astype(np.int64)
+
+    def spec(self):
+        return {'kind': 'byte'}
+
+
+class TiktokenTokenizer:
+    """A byte-level BPE in tiktoken's hands: GPT-2's 50,257 ids, or one that was trained here (see train_bpe)."""
+
+    def __init__(self, bpe, spec):
+        self.bpe, self._spec = bpe, spec
+        self.vocab_size, self.end_of_text = bpe.n_vocab, bpe.eot_token
+
+    def encode(self, text, special=False):
+        """text -> ids, an int array. special=True reads '<|endoftext|>' as the one token, else it is text like any other. A lone
+        surrogate, which UTF-8 has no bytes for, becomes U+FFFD."""
+        text = replace_surrogates(text)
+        ids = self.bpe.encode_to_numpy(text, allowed_special='all') if special else self.bpe.encode_to_numpy(text, disallowed_special=())
+        return ids.astype(np.int32)
 
     def decode(self, ids):
         """ids -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.bpe.decode(list(ids))
 
+    def token_bytes(self):
+        """The length of each token in bytes, 0 for the end of text -> int array (vocab_size,)."""
+        return np.array([0 if i == self.end_of_text else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.vocab_size)])
+
     def spec(self):
-        return GPT2_SPEC
+        return self._spec
+
+
+@functools.cache
+def load_gpt2():
+    """GPT-2's tokenizer, loaded once a process; tiktoken downloads the vocabulary once a machine."""
+    try:
+        bpe = import_tiktoken('the GPT-2 vocabulary').get_encoding('gpt2')
+    except UserError:
+        raise
+    except Exception as error:  # requests' errors, OSError or ValueError, by what went wrong on the way
+        raise UserError('tiktoken cannot load the GPT-2 vocabulary; it needs the network once, or TIKTOKEN_CACHE_DIR '
+                        f'naming a folder that has it ({type(error).__name__})') from error
+    return TiktokenTokenizer(bpe, GPT2_SPEC)
+
+
+def load_bpe(json_text):
+    """A BPE trained here, from the text of its tokenizer.json. ValueError if it is anything else.
+
+    The tokenizers library merges by its list of merges, tiktoken any two neighbours that together are a token, the lowest id
+    first. For a vocabulary learned by merging, in which the ids follow the order of the merges, these are the same: a token's
+    bytes, merged by what was learned before it, give one pair only. tiktoken is several times as fast.
+    """
+    tiktoken = import_tiktoken('this vocabulary')
+    try:
+        vocab = json.loads(json_text)['model']['vocab']
+        end_of_text = vocab[END_OF_TEXT]
+        byte_of = {char: byte for byte, char in enumerate(byte_characters())}
+        ranks = {bytes(byte_of[char] for char in token): id for token, id in vocab.items() if token != END_OF_TEXT}
+        if sorted(vocab.values()) != list(range(len(vocab))) or not all(bytes((byte,)) in ranks for byte in range(256)):
+            raise ValueError('its ids have gaps, or bytes have none')
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise ValueError(f'not the tokenizer.json of a byte-level BPE trained here: {one_line(repr(error), 100)}') from error
+    bpe = tiktoken.Encoding('bpe', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text})
+    return TiktokenTokenizer(bpe, {'kind': 'bpe', 'json': json_text})
+
+
+# How GPT-2 cuts text into pieces before it merges bytes (Radford et al. 2019, in OpenAI's encoder.py)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def byte_characters():
+    """The character that stands for each byte in a tokenizer.json, as in GPT-2's: itself where it can be seen, else one from 256 on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def train_bpe(texts, vocab_size):
+    """Learn a byte-level BPE of vocab_size ids, of which 256 are the bytes and one is the end of text, from texts -> its spec.
+
+    Sennrich et al. 2016, on bytes as in GPT-2, by the tokenizers library. The same texts give the same tokenizer. UserError if the
+    package is missing, or the texts are too few for so many merges.
+    """
+    if not 257 <= vocab_size <= 10**6:
+        raise UserError(f'--vocab_size={vocab_size}: must be from 257 (256 bytes and the end of text) to 1,000,000')
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise UserError('training a BPE needs the package tokenizers: pip install tokenizers') from error
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(f'--vocab_size={vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only')
+    return {'kind': 'bpe', 'json': tokenizer.to_str()}
+
+
+def import_tiktoken(what):
+    """The package tiktoken; UserError that names it if it is missing."""
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError(f'{what} needs the package tiktoken: pip install tiktoken') from error
+    return tiktoken
 
 
 class HuggingFaceTokenizer:
@@ -88,10 +201,11 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f'not a tokenizer.json of the tokenizers library: {error}') from error
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.end_of_text = self.tokenizer.token_to_id('<|endoftext|>')
+        self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
 
-    def encode(self, text):
-        """text -> ids, an int array, without added special tokens."""
+    def encode(self, text, special=False):
+        """text -> ids, an int array. special=True reads '<|endoftext|>' and the like as tokens, else they are text like any other."""
+        self.tokenizer.encode_special_tokens = not special
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exception, or TypeError for what is not Unicode
@@ -101,6 +215,13 @@ class HuggingFaceTokenizer:
     def decode(self, ids):
         """ids -> text, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self):
+        """The length of each token in bytes, 0 for special ones -> int array (vocab_size,); None if the tokens are not bytes of text."""
+        if (json.loads(self.json).get('decoder') or {}).get('type') != 'ByteLevel':
+            return None
+        special = {id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return np.array([0 if i in special else len(self.tokenizer.id_to_token(i) or '') for i in range(self.vocab_size)])
 
     def spec(self):
         return {'kind': 'tokenizers', 'json': self.json}
@@ -141,15 +262,26 @@ def spec_vocab_size(spec):
     return GPT2_VOCAB_SIZE if spec['kind'] == 'gpt2' else load_tokenizer(spec).vocab_size
 
 
+def spec_end_of_text(spec):
+    """The id that ends a text in a checked spec, None if it has none, without loading the tokenizer where that can be avoided."""
+    return GPT2_VOCAB_SIZE - 1 if spec['kind'] == 'gpt2' else load_tokenizer(spec).end_of_text
+
+
+def same_ids(spec, other):
+    """May ids of the one tokenizer be read by the other? Between GPT-2's and a tokenizer.json from elsewhere, which may hold GPT-2's,
+    the answer is yes."""
+    return spec == other or {spec['kind'], other['kind']} == {'gpt2', 'tokenizers'}
+
+
 def check_spec(spec):
     """The spec itself if it is a sound one, else ValueError. Specs come from files that anyone may have written."""
-    if not isinstance(spec, dict) or spec.get('kind') not in ('char', 'gpt2', 'tokenizers'):
+    if not isinstance(spec, dict) or spec.get('kind') not in ('char', 'byte', 'gpt2', 'bpe', 'tokenizers'):
         raise ValueError(f'unknown kind of tokenizer: {one_line(repr(spec), 100)}')
     if spec['kind'] == 'char':
         chars = spec.get('chars')
         if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
             raise ValueError("a character tokenizer needs 'chars', a text in which no character stands twice")
-    if spec['kind'] == 'tokenizers' and not isinstance(spec.get('json'), str):
+    if spec['kind'] in ('bpe', 'tokenizers') and not isinstance(spec.get('json'), str):
         raise ValueError("a tokenizer of the tokenizers library needs 'json', the text of its tokenizer.json")
     return spec
 
@@ -159,13 +291,11 @@ def load_tokenizer(spec):
     kind = check_spec(spec)['kind']
     if kind == 'char':
         return CharTokenizer(spec['chars'])
-    return load_gpt2() if kind == 'gpt2' else HuggingFaceTokenizer(spec['json'])
-
-
-@functools.cache
-def load_gpt2():
-    """The GPT-2 tokenizer, loaded once a process."""
-    return GPT2Tokenizer()
+    if kind == 'byte':
+        return ByteTokenizer()
+    if kind == 'gpt2':
+        return load_gpt2()
+    return load_bpe(spec['json']) if kind == 'bpe' else HuggingFaceTokenizer(spec['json'])
 
 
 def spec_from_meta(meta):
