@@ -1,152 +1,344 @@
-"""From text to token files: download, read, split, encode, write. Every data set's prepare.py is a few calls of these."""
-import hashlib
+"""From text to token files: read, split, encode on all cores, write. Every data set's prepare.py is a call of write_dataset.
+
+Memory holds a few units of text (see sources.py), whatever the size of the whole. While it is made, a data set lies in its folder's
+`preparing/`, where training does not look:
+    setup.json                       what is being prepared, and by which tokenizer
+    progress.json                    up to where, replaced every few seconds, after what it counts is on the disk
+    train_000.bin, …, val_000.bin    ids so far; what a crash left behind the counted ones is cut off
+The same command goes on from there. When all is done, the files move up, meta.json first: until the last one has moved, its counts do
+not fit them, and training refuses; and the same command again moves the rest.
+"""
+import glob
+import itertools
 import json
 import os
+import re
+import shutil
+import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from threading import local
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, one_line, user_errors
-from tokenizer import CharTokenizer, load_gpt2
+from configurator import UserError, user_errors
+from data.sources import pieces_of
+from data.worker import Job, Worker, split_of
+from tokenizer import CharTokenizer, load_gpt2, load_tokenizer, train_bpe
 
-SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-
-
-def download(url, path, sha256, tries=3, timeout=10):
-    """Fetch url to path unless it is there already, with a progress bar; the file appears only once it is whole and its
-    SHA-256 is right. timeout: seconds of silence that end a try. Raises UserError when every try has failed."""
-    if os.path.exists(path):
-        if file_sha256(path) == sha256:
-            return
-        raise UserError(f'{path} is there already and is not what {url} holds: move it away, or give it as --input={path}')
-    try:
-        import requests
-    except ImportError as error:
-        raise UserError('downloading needs the package requests: pip install requests, or give --input=FILE') from error
-    part = path + '.part'
-    for attempt in range(tries):
-        try:
-            with requests.get(url, stream=True, timeout=timeout) as response:
-                response.raise_for_status()
-                size = int(response.headers.get('content-length', 0)) or None
-                with open(part, 'wb') as file, tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(path)) as bar:
-                    for chunk in response.iter_content(2**16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-            if file_sha256(part) != sha256:
-                raise OSError('what arrived has another checksum than expected')
-            os.replace(part, path)
-            return
-        except (requests.RequestException, OSError) as error:
-            problem = error
-            if attempt < tries - 1:
-                time.sleep(attempt + 1)
-    if os.path.exists(part):
-        os.remove(part)
-    raise UserError(f'cannot download {url}: {one_line(str(problem), 120)}; try again, or give the text with --input=FILE')
+SPLITS = ('train', 'val')
+SAVE_SECONDS = 2.0  # of work that a crash can cost
+BPE_SAMPLE = 100_000_000  # characters that a BPE is learned from
 
 
-def file_sha256(path):
-    """SHA-256 of a file, as hexadecimal text."""
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
+def write_dataset(out_dir, source, kind, val_fraction=0.1, vocab_size=0, shard_tokens=100_000_000, max_tokens=0, workers=0):
+    """Prepare a data set in out_dir: token files and meta.json. The same text and settings give the same bytes, whatever the number of
+    workers, and however often it was interrupted.
 
-
-def read_text(path):
-    """The text of a UTF-8 file, whatever the locale; line ends become '\\n', a byte order mark goes. UserError if it
-    cannot be read or is not UTF-8."""
-    with user_errors(OSError, where=f'cannot read {path}: '), open(path, encoding='utf-8-sig') as file:
-        try:
-            text = file.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f'{path} is not UTF-8 text (byte {error.start}): convert it first, with iconv for instance') from error
-    if '\0' in text:
-        raise UserError(f'{path} holds zero bytes, so it is not text')
-    return text
-
-
-def read_documents(path):
-    """The texts of a file, or of every file below a folder, in the order of their names -> list. Hidden files and files
-    that are not text are passed over in a folder, and counted. UserError if no text is found."""
-    if not os.path.isdir(path):
-        documents, passed = [read_text(path)], 0
-    else:
-        documents, passed = [], 0
-        for folder, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith('.'))
-            for name in sorted(name for name in files if not name.startswith('.')):
-                try:
-                    documents.append(read_text(os.path.join(folder, name)))
-                except UserError:
-                    passed += 1
-    documents = [text for text in documents if text]
-    if not documents:
-        raise UserError(f'there is no text in {path}')
-    if passed:
-        print(f'passed over {passed} files that are not UTF-8 text')
-    return documents
-
-
-def split_documents(documents, val_fraction):
-    """Cut the row of documents at int((1 - val_fraction) * characters) -> (train, val), lists of texts. The cut may go
-    through a document."""
-    cut = int((1 - val_fraction) * sum(map(len, documents)))
-    train, val = [], []
-    for text in documents:
-        if text[:cut]:
-            train.append(text[:cut])
-        if text[cut:]:
-            val.append(text[cut:])
-        cut = max(0, cut - len(text))
-    return train, val
-
-
-def write_dataset(out_dir, documents, kind, val_fraction=0.1):
-    """Split, encode and write a data set: train.bin, val.bin and meta.json. The same documents give the same bytes.
-
-    kind: 'char', documents joined by a line end, or 'gpt2', each followed by the end-of-text token unless it is the only one.
-    meta.json, which tells the sizes, is replaced last: files of two preparations never pass for one data set.
+    source: of sources.py. kind: 'char', a line end after each document; 'byte', 'gpt2', 'bpe' (trained on the text, vocab_size ids), the
+    end-of-text token after each; a single text has nothing after it. shard_tokens: ids in a file, 0 for all in one. max_tokens: stop at
+    so many train tokens, 0 for all. workers: processes, 0 for one a core. UserError for what a person can mend.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f'--val_fraction={val_fraction}: must be between 0 and 1')
-    splits = dict(zip(('train', 'val'), split_documents(documents, val_fraction)))
-    if not all(splits.values()):
-        raise UserError(f'{sum(map(len, documents))} characters are too few to split into training and validation text')
-    if kind == 'char':
-        tokenizer = CharTokenizer.train('\n'.join(documents))
-        ids = {split: tokenizer.encode('\n'.join(texts)) for split, texts in splits.items()}
-    elif kind == 'gpt2':
-        tokenizer = load_gpt2()
-        ids = {split: encode_gpt2(tokenizer, texts, split, end_of_text=len(documents) > 1) for split, texts in splits.items()}
-    else:
-        raise UserError(f"--tokenizer={kind}: must be 'char' or 'gpt2'")
-    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
-    meta = {'tokenizer': tokenizer.spec(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name,
-            'tokens': {split: len(row) for split, row in ids.items()}}
-    description = json.dumps(meta, indent=1) + '\n'
+    for name, value in (('shard_tokens', shard_tokens), ('max_tokens', max_tokens), ('workers', workers)):
+        if value < 0:
+            raise UserError(f'--{name}={value}: must be 0 or more')
+    if kind not in ('char', 'byte', 'gpt2', 'bpe'):
+        raise UserError(f"--tokenizer={kind}: must be 'char', 'byte', 'gpt2' or 'bpe'")
+    settings = [source.fingerprint, source.text_key, kind, val_fraction, vocab_size if kind == 'bpe' else 0, shard_tokens, max_tokens]
+    folder = os.path.join(out_dir, 'preparing')
+    setup = read_json(os.path.join(folder, 'setup.json'))
+    if setup and setup['settings'] != settings:
+        print(f'{folder} holds an unfinished preparation of other text or with other settings: starting anew')
+        setup = None
+    spec = setup['tokenizer'] if setup else make_tokenizer(kind, source, val_fraction, vocab_size)
     with user_errors(OSError, where=f'cannot write to {out_dir}: '):
-        os.makedirs(out_dir, exist_ok=True)
-        for split, row in ids.items():
-            write_file(os.path.join(out_dir, f'{split}.bin'), row.astype(dtype).tobytes())
-        write_file(os.path.join(out_dir, 'meta.json'), description.encode())
+        os.makedirs(folder, exist_ok=True)
+        with locked(folder):
+            if not setup:
+                for path in glob.glob(os.path.join(glob.escape(folder), '*')):
+                    os.remove(path)
+                write_json(os.path.join(folder, 'setup.json'), {'settings': settings, 'tokenizer': spec})
+            meta = read_json(os.path.join(folder, 'meta.json'))
+            if not meta:
+                try:
+                    meta = encode_all(folder, source, spec, val_fraction, shard_tokens, max_tokens, workers)
+                except UserError:
+                    if not read_json(os.path.join(folder, 'progress.json')):  # nothing to go on from
+                        shutil.rmtree(folder)
+                        with suppress(OSError):
+                            os.rmdir(out_dir)  # if it was made for this
+                    raise
+                write_json(os.path.join(folder, 'meta.json'), meta)
+            publish(folder, out_dir, meta, shard_tokens)
     print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
-          f'vocabulary of {tokenizer.vocab_size:,}')
+          f'vocabulary of {meta["vocab_size"]:,}')
 
 
-def encode_gpt2(tokenizer, texts, split, end_of_text):
-    """Texts to one row of GPT-2 ids, with the end-of-text token after each if wanted."""
-    rows = []
-    for text in tqdm(texts, desc=f'encoding {split}', unit='document', disable=len(texts) == 1):
-        rows.append(tokenizer.encode(text))
-        if end_of_text:
-            rows.append([tokenizer.end_of_text])
-    return np.concatenate(rows)
+def make_tokenizer(kind, source, val_fraction, vocab_size):
+    """The spec of the tokenizer for a source; 'char' reads all of it, 'bpe' learns from training text only, BPE_SAMPLE characters of it,
+    from the beginning of each file."""
+    if kind == 'char':
+        characters = set() if source.single else {'\n'}
+        for piece in progress_over(source, source.units(), 'reading'):
+            characters.update(piece.text)
+        return CharTokenizer.train(characters).spec()
+    if kind == 'bpe':
+        def sample():
+            for part in range(source.parts):
+                left = BPE_SAMPLE // source.parts
+                for unit in source.units(part=part):
+                    for piece in pieces_of(unit, source.text_key):
+                        if split_of(piece, threshold_of(val_fraction))[0] == 'train' and left > 0:
+                            yield piece.text[:left]
+                            left -= len(piece.text)
+                    if left <= 0:
+                        break
+        print(f'learning a vocabulary of {vocab_size:,} ...', flush=True)
+        return train_bpe(sample(), vocab_size)
+    if kind == 'gpt2':
+        load_gpt2()  # here, not in a worker, it is found out whether it can be had
+    return {'kind': kind}
 
 
-def write_file(path, content):
-    """Write bytes to path so that it is never seen half written."""
-    with open(path + '.part', 'wb') as file:
-        file.write(content)
+def progress_over(source, units, what):
+    """Yield the pieces of the units under a progress bar."""
+    with tqdm(total=source.total, unit='B', unit_scale=True, desc=what, delay=1) as bar:
+        for unit in units:
+            yield from pieces_of(unit, source.text_key)
+            bar.update(unit.position['progress'] - bar.n)
+
+
+def threshold_of(val_fraction):
+    """Documents whose hash is below it are for validation."""
+    return int(val_fraction * 2**64)
+
+
+def encode_all(folder, source, spec, val_fraction, shard_tokens, max_tokens, workers):
+    """Encode the whole source into shards in a folder, from where progress.json tells -> the data set's description."""
+    tokenizer = load_tokenizer(spec)
+    separator = [] if source.single else tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
+    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
+    fresh = {'position': None, 'threshold': threshold_of(val_fraction), 'hashes': [],
+             'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS}}
+    progress_file = os.path.join(folder, 'progress.json')
+    state = read_json(progress_file) or fresh
+    while True:
+        job = Job(spec, separator, dtype.str, state['threshold'], source.text_key)
+        shards = {split: Shards(folder, split, dtype.itemsize, shard_tokens, state['splits'][split]['tokens']) for split in SPLITS}
+        state = encode_rest(folder, source, job, state, shards, max_tokens, workers)
+        if all(state['splits'][split]['tokens'] for split in SPLITS):
+            break
+        # so few documents that one split got none: once more, with a threshold that gives it the one nearest to it
+        smallest, largest = state['hashes'] or (0, 0)
+        os.remove(progress_file)
+        if smallest == largest:
+            raise UserError('the input holds fewer than two different documents, too few to split into training and validation text; '
+                            'a single text is split if it is given as a text file')
+        state = {**fresh, 'threshold': min(max(state['threshold'], smallest + 1), largest)}
+    for split in SPLITS:
+        shards[split].close()
+    numbers = {name: {split: state['splits'][split][name] for split in SPLITS} for name in ('tokens', 'documents', 'bytes')}
+    return {'tokenizer': spec, 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name, **numbers}
+
+
+def encode_rest(folder, source, job, state, shards, max_tokens, workers):
+    """Encode what is left of a source and append it to the shards -> the state after it. The state on disk is never ahead of the shards."""
+    started, first_tokens, itemsize = time.perf_counter(), state['splits']['train']['tokens'], shards['train'].itemsize
+    done = state['position']['progress'] if state['position'] else 0
+    saved = started
+
+    def save():
+        for split in SPLITS:
+            shards[split].sync()
+        write_json(os.path.join(folder, 'progress.json'), state)
+
+    if done:
+        print(f'going on after {done / 1e6:,.1f} MB')
+    n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    bar = tqdm(total=source.total, initial=done, unit='B', unit_scale=True, desc='encoding', delay=1)
+    with bar, Workers(job, n_workers) as crew:
+        units = source.units(state['position'])
+        if max_tokens and first_tokens >= max_tokens:
+            units = iter(())
+        try:
+            for unit, encoded in crew.map(units):
+                splits = {}
+                for split, part in encoded.items():
+                    before = state['splits'][split]
+                    room = max_tokens - before['tokens'] if max_tokens and split == 'train' else sys.maxsize
+                    n = min(len(part.ids) // itemsize, room)
+                    shards[split].append(part.ids[:n * itemsize])
+                    splits[split] = {'tokens': before['tokens'] + n, 'documents': before['documents'] + part.documents,
+                                     'bytes': before['bytes'] + part.text_bytes}
+                hashes = [*state['hashes'], *encoded['train'].hashes, *encoded['val'].hashes]
+                state = {**state, 'position': unit.position, 'splits': splits, 'hashes': [min(hashes), max(hashes)] if hashes else []}
+                tokens, now = splits['train']['tokens'], time.perf_counter()
+                if saved == started:
+                    check_disk(folder, source, state, itemsize, max_tokens)
+                if now - saved > SAVE_SECONDS or saved == started:
+                    save()
+                    saved = now
+                if max_tokens and tokens:
+                    bar.total = min(source.total or sys.maxsize, int(unit.position['progress'] * max_tokens / tokens))
+                bar.set_postfix_str(f'{(tokens - first_tokens) / (now - started) / 1e6:.2f}M tokens/s', refresh=False)
+                bar.update(unit.position['progress'] - bar.n)
+                if max_tokens and tokens >= max_tokens:
+                    break
+        except KeyboardInterrupt:
+            save()
+            print('\ninterrupted; the same command goes on from here', file=sys.stderr)
+            raise
+    save()
+    return state
+
+
+def check_disk(folder, source, state, itemsize, max_tokens):
+    """Raise UserError if what is still to be written, going by what the text gave so far, does not fit on the disk."""
+    written = sum(split['tokens'] for split in state['splits'].values()) * itemsize
+    total = max_tokens * itemsize if max_tokens else (source.total or 0) * written / max(1, state['position']['progress'])
+    free = shutil.disk_usage(folder).free
+    if total - written > free:
+        raise UserError(f'{folder}: about {(total - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: make room, '
+                        'and run the same command again')
+
+
+class Workers:
+    """Worker processes, as a context: they end with it."""
+
+    def __init__(self, job, n):
+        self.job, self.n = job, n
+        self.started, self.own = [], local()
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(self.n)  # a thread for each process, to talk with it
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self.started:
+            worker.kill()
+        self.pool.shutdown()
+
+    def encode(self, unit):
+        if not hasattr(self.own, 'worker'):
+            self.own.worker = Worker(self.job)
+            self.started.append(self.own.worker)
+        return self.own.worker.encode(unit)
+
+    def map(self, units):
+        """Yield (unit, what became of it) in the order of the units; no more than a few are under way at a time."""
+        waiting = deque()
+        for unit in units:
+            waiting.append((unit, self.pool.submit(self.encode, unit)))
+            if len(waiting) > 2 * self.n:
+                unit, future = waiting.popleft()
+                yield unit, future.result()
+        for unit, future in waiting:
+            yield unit, future.result()
+
+
+class Shards:
+    """The files of one split, a row of ids cut every shard_tokens; open for appending."""
+
+    def __init__(self, folder, split, itemsize, shard_tokens, tokens):
+        """tokens: how many are there already; whatever the files hold behind them goes."""
+        self.folder, self.split, self.itemsize = folder, split, itemsize
+        self.shard_bytes = shard_tokens * itemsize or sys.maxsize
+        self.size = tokens * itemsize  # bytes in all files
+        keep = -(-self.size // self.shard_bytes)
+        for n in itertools.count(keep):
+            if not os.path.exists(self.path(n)):
+                break
+            os.remove(self.path(n))
+        self.file = None
+        if keep:
+            last = self.size - (keep - 1) * self.shard_bytes
+            self.file = open(self.path(keep - 1), 'r+b')
+            if self.file.seek(0, os.SEEK_END) < last:
+                raise UserError(f'{self.file.name} was cut short: delete {folder} and start again')
+            self.file.truncate(last)
+            self.file.seek(last)
+
+    def path(self, n):
+        return os.path.join(self.folder, f'{self.split}_{n:03d}.bin')
+
+    def append(self, ids):
+        """Add the bytes of ids, going on to a new file where one is full."""
+        while ids:
+            n, at = divmod(self.size, self.shard_bytes)
+            if at == 0:
+                self.close()
+                self.file = open(self.path(n), 'wb')
+            piece = ids[:self.shard_bytes - at]
+            self.file.write(piece)
+            self.size += len(piece)
+            ids = ids[len(piece):]
+
+    def sync(self):
+        """Have all that was appended on the disk."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.file:
+            self.sync()
+            self.file.close()
+            self.file = None
+
+
+def publish(folder, out_dir, meta, shard_tokens):
+    """Move a finished preparation up to where training looks for it, in place of what was there. It can be interrupted and repeated."""
+    write_json(os.path.join(out_dir, 'meta.json'), meta)
+    for split, tokens in meta['tokens'].items():
+        n_shards = -(-tokens // shard_tokens) if shard_tokens else 1
+        names = [f'{split}.bin'] if n_shards == 1 else [f'{split}_{n:03d}.bin' for n in range(n_shards)]
+        for n, name in enumerate(names):
+            prepared = os.path.join(folder, f'{split}_{n:03d}.bin')
+            if os.path.exists(prepared):
+                os.replace(prepared, os.path.join(out_dir, name))
+        for name in os.listdir(out_dir):
+            if re.fullmatch(rf'{split}(_\d+)?\.bin', name) and name not in names:
+                os.remove(os.path.join(out_dir, name))
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def locked(folder):
+    """Hold a folder for as long as the context, or the process, lasts. UserError if another preparation holds it."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows, where it is up to the user
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f'{folder} is being worked on by another process: wait for it, or end it') from error
+    finally:
+        os.close(handle)
+
+
+def read_json(path):
+    """The content of a JSON file of ours, None if there is none."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
+
+
+def write_json(path, content):
+    """Write a JSON file so that, whenever the power fails, it is the old one or the new one."""
+    with open(path + '.part', 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=1)
+        file.write('\n')
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + '.part', path)

@@ -1,5 +1,6 @@
 """A person's mistake ends with exit status 2 and one line that says what is wrong and what to do: no traceback, nothing of
 the user's overwritten, no code from a data file executed. Every case runs the real script, as a user would."""
+import gzip
 import json
 import os
 import pickle
@@ -198,7 +199,7 @@ FRESH = [  # in a folder with the data set data/tiny
     ('meta_not_json', put(META, '{"tokens": '), 'train.py', TINY, 'meta.json is not a data set description'),
     ('meta_no_object', put(META, [1, 2]), 'train.py', TINY, 'it holds no JSON object'),
     ('meta_nested_deep', put(META, 100000 * '['), 'train.py', TINY, 'meta.json is not a data set description'),
-    ('tokenizer_unknown', meta(tokenizer={'kind': 'bpe'}), 'train.py', TINY, 'data/tiny/meta: unknown kind of tokenizer'),
+    ('tokenizer_unknown', meta(tokenizer={'kind': 'words'}), 'train.py', TINY, 'data/tiny/meta: unknown kind of tokenizer'),
     ('tokenizer_repeats', meta(tokenizer={'kind': 'char', 'chars': 'aa'}), 'train.py', TINY, 'no character stands twice'),
     ('meta_pkl_with_code', meta_pkl(Code()), 'train.py', TINY, 'meta.pkl is not a nanoGPT meta.pkl: it asks to import'),
     ('meta_pkl_corrupt', meta_pkl(b'\x80\x04\x95\xff'), 'train.py', TINY, 'meta.pkl is not a nanoGPT meta.pkl'),
@@ -262,6 +263,24 @@ FRESH = [  # in a folder with the data set data/tiny
     ('text_val_fraction', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--val_fraction=1'], '--val_fraction=1.0'),
     ('text_tokenizer', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--tokenizer=word'], '--tokenizer=word: must be'),
     ('text_name', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--name=../mistake'], '--name=../mistake: must be'),
+    ('text_no_json', put('mistake.jsonl', '{"text": "abc"}\n{"text": \n'), PREPARE, ['--input=mistake.jsonl'],
+     'mistake.jsonl, byte 0 + 16 is no JSON line'),
+    ('text_json_list', put('mistake.jsonl', '["abc"]\n'), PREPARE, ['--input=mistake.jsonl', '--tokenizer=byte'], 'no JSON object with'),
+    ('text_json_without', put('mistake.jsonl', '{"content": "abc"}\n'), PREPARE, ['--input=mistake.jsonl', '--tokenizer=byte'],
+     "mistake.jsonl, byte 0 + 0 is no JSON object with a text 'text': --text_key= names another field"),
+    ('text_gz_is_none', put('mistake.jsonl.gz', b'no gzip'), PREPARE, ['--input=mistake.jsonl.gz'], 'cannot read mistake.jsonl.gz'),
+    ('text_gz_cut_short', put('mistake.jsonl.gz', gzip.compress(b'{"text": "abc"}\n' * 99)[:-9]), PREPARE, ['--input=mistake.jsonl.gz'],
+     'cannot read mistake.jsonl.gz'),
+    ('text_zst_is_none', put('mistake.jsonl.zst', b'no zstandard'), PREPARE, ['--input=mistake.jsonl.zst'], 'mistake.jsonl.zst'),
+    ('text_parquet_is_none', put('mistake.parquet', b'no table'), PREPARE, ['--input=mistake.parquet'], 'mistake.parquet'),
+    ('text_one_document', put('mistake.jsonl', '{"text": "abc"}\n'), PREPARE, ['--input=mistake.jsonl'],
+     'fewer than two different documents'),
+    ('tokenizer_bpe_without', meta(tokenizer={'kind': 'bpe', 'json': '{}'}), 'train.py', TINY, 'not the tokenizer.json of a'),
+    ('text_vocab_size', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--tokenizer=bpe', '--vocab_size=256'],
+     '--vocab_size=256: must be from 257'),
+    ('text_vocab_too_large', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--tokenizer=bpe'], 'the text is enough for'),
+    ('text_workers', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--workers=-1'], '--workers=-1: must be 0 or more'),
+    ('align_without_ends', None, 'train.py', [*TINY, '--align_documents=True'], 'data/tiny has no token that ends a document'),
     ('text_of_shakespeare', None, 'data/shakespeare_char/prepare.py', ['--input=mistake.txt'], 'cannot read mistake.txt'),
 ]
 TRAINED = [  # the same, and a run of 8 updates in out/
@@ -392,7 +411,7 @@ TRAINED = [  # the same, and a run of 8 updates in out/
      ['--device=cpu', '--dataset=other'], 'data/other was prepared with another tokenizer'),
     ('evaluate_other_characters_of_nanogpt', meta_pkl({'vocab_size': 29, 'itos': dict(enumerate(CHARS.upper()))}), 'evaluate.py',
      ['--device=cpu'], 'data/tiny was prepared with another tokenizer'),
-    ('evaluate_tokenizer_unknown', meta(tokenizer={'kind': 'bpe'}), 'evaluate.py', ['--device=cpu'],
+    ('evaluate_tokenizer_unknown', meta(tokenizer={'kind': 'words'}), 'evaluate.py', ['--device=cpu'],
      'data/tiny/meta: unknown kind of tokenizer'),
     ('evaluate_overflowing', forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]), 'evaluate.py', ['--device=cpu'],
      'not finite'),

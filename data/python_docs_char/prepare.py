@@ -13,6 +13,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure
 from data.pipeline import write_dataset
+from data.sources import Documents
 
 configure(globals())
 STDLIB = sysconfig.get_paths()['stdlib']
@@ -49,4 +50,4 @@ documents = [text.strip() + '\n' for text in (*manual(), *docstrings()) if text.
 if not documents:
     raise UserError(f'there is no Python text in {STDLIB}: this Python has neither its manual nor its sources')
 documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())  # a fixed shuffle: manual and docstrings in both splits
-write_dataset(HERE, documents, 'char')
+write_dataset(HERE, Documents(documents, val_fraction=0.1), 'char')

@@ -5,7 +5,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import configure
-from data.pipeline import SHAKESPEARE_SHA256, SHAKESPEARE_URL, download, read_text, write_dataset
+from data.pipeline import write_dataset
+from data.sources import SHAKESPEARE_SHA256, SHAKESPEARE_URL, Files, download
 
 input = ''  # a copy of the text, in place of the download
 configure(globals())
@@ -13,4 +14,4 @@ configure(globals())
 path = input or os.path.join(HERE, 'input.txt')
 if not input:
     download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-write_dataset(HERE, [read_text(path)], 'gpt2')
+write_dataset(HERE, Files(path, val_fraction=0.1), 'gpt2')

@@ -1,0 +1,28 @@
+"""FineWeb-Edu, the 10-billion-token sample: educational web pages (Penedo et al. 2024), 10 billion GPT-2 tokens, 20 GB.
+
+    python data/fineweb/prepare.py                                      # streams it from the Hugging Face hub
+    python data/fineweb/prepare.py --max_tokens=1_000_000_000           # a part of it
+    python data/fineweb/prepare.py --input=FOLDER                       # from files that are here already
+"""
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, '..', '..'))
+from configurator import configure
+from data.pipeline import write_dataset
+from data.sources import Files, Hub
+
+input = ''  # a copy in place of the hub's: .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, or a folder of them
+sample = 'sample-10BT'  # the data set's own name for a part of it: 'sample-10BT', 'sample-100BT', 'sample-350BT', 'default' for all
+tokenizer = 'gpt2'  # 'gpt2': GPT-2's BPE; 'bpe': a BPE trained on this text; 'byte': one id a byte
+vocab_size = 50304  # ids of a BPE trained here
+val_fraction = 0.001  # share of the documents kept for validation
+shard_tokens = 100_000_000  # ids in a file, 0: all in one
+max_tokens = 0  # stop after so many train tokens, 0: take all
+workers = 0  # processes, 0: one a core
+configure(globals())
+
+total = 47_000_000_000 if sample == 'sample-10BT' else None  # bytes of text, about
+source = Files(input, val_fraction) if input else Hub('HuggingFaceFW/fineweb-edu', sample, total=total)
+write_dataset(HERE, source, tokenizer, val_fraction, vocab_size, shard_tokens, max_tokens, workers)

@@ -1,0 +1,27 @@
+"""OpenWebText, 8 million web pages that Reddit users linked to: about 9 billion GPT-2 tokens, 18 GB.
+
+    python data/openwebtext/prepare.py                                  # streams it from the Hugging Face hub
+    python data/openwebtext/prepare.py --max_tokens=1_000_000_000       # a part of it
+    python data/openwebtext/prepare.py --input=FOLDER                   # from files that are here already
+"""
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, '..', '..'))
+from configurator import configure
+from data.pipeline import write_dataset
+from data.sources import Files, Hub
+
+input = ''  # a copy in place of the hub's: .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, or a folder of them
+tokenizer = 'gpt2'  # 'gpt2': GPT-2's BPE; 'bpe': a BPE trained on this text; 'byte': one id a byte
+vocab_size = 50304  # ids of a BPE trained here
+val_fraction = 0.0005  # share of the documents kept for validation
+shard_tokens = 100_000_000  # ids in a file, 0: all in one
+max_tokens = 0  # stop after so many train tokens, 0: take all
+workers = 0  # processes, 0: one a core
+configure(globals())
+
+# the hub's own conversion to parquet: the data set itself is, or was, a script
+source = Files(input, val_fraction) if input else Hub('Skylion007/openwebtext', revision='refs/convert/parquet', total=39_770_000_000)
+write_dataset(HERE, source, tokenizer, val_fraction, vocab_size, shard_tokens, max_tokens, workers)

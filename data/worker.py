@@ -1,0 +1,129 @@
+"""A process that turns units of text into ids, for pipeline.py: a job and then units come in on standard input, results go out.
+
+Processes, because tiktoken's threads wait for one another (BENCHMARKS.md); of this kind, because they end when their parent dies,
+however it dies, and need nothing of the script that started them.
+"""
+import hashlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == '__main__':
+    sys.path[0] = ROOT
+
+import numpy as np
+
+from configurator import UserError
+from data.sources import pieces_of
+from tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all the units of a preparation have in common."""
+    spec: dict  # of the tokenizer
+    separator: list  # ids that follow a document
+    dtype: str  # of ids
+    threshold: int  # documents whose hash is below it are for validation
+    text_key: str  # of JSON lines
+
+
+@dataclass
+class Encoded:
+    """What became of a unit, for one split."""
+    ids: bytes = b''
+    documents: int = 0
+    text_bytes: int = 0
+    hashes: list = field(default_factory=list)
+
+
+def document_hash(key):
+    """64 bits that depend on the text alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'big')
+
+
+def split_of(piece, threshold):
+    """'train' or 'val', and the hash that decided it, None if it was settled before."""
+    if piece.split:
+        return piece.split, None
+    number = document_hash(piece.key or piece.text)
+    return 'val' if number < threshold else 'train', number
+
+
+def encode(job, tokenizer, unit):
+    """A unit's documents as ids -> {'train': Encoded, 'val': Encoded}."""
+    rows, encoded = {'train': [], 'val': []}, {'train': Encoded(), 'val': Encoded()}
+    for piece in pieces_of(unit, job.text_key):
+        if not piece.text:
+            continue
+        split, number = split_of(piece, job.threshold)
+        rows[split].append(tokenizer.encode(piece.text))
+        if piece.ends:
+            rows[split].append(job.separator)
+        encoded[split].documents += piece.ends
+        encoded[split].text_bytes += len(piece.text.encode('utf-8', 'surrogatepass'))
+        if number is not None:
+            encoded[split].hashes.append(number)
+    for split, part in encoded.items():
+        part.ids = np.concatenate([[], *rows[split]]).astype(job.dtype).tobytes()
+        part.hashes = [min(part.hashes), max(part.hashes)] if part.hashes else []
+    return encoded
+
+
+class Worker:
+    """A worker process, seen from the pipeline."""
+
+    def __init__(self, job):
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.send(job)
+
+    def send(self, content):
+        pickle.dump(content, self.process.stdin, pickle.HIGHEST_PROTOCOL)
+        self.process.stdin.flush()
+
+    def encode(self, unit):
+        """encode(job, tokenizer, unit), over there. UserError if it raised one, or the process has died."""
+        try:
+            self.send(unit)
+            result = pickle.load(self.process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f'a worker process has ended, with status {self.process.wait()}: run the same command again, it goes on from '
+                            'there (with --workers=1 if memory is short)') from error
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def work():
+    """Serve until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    results = os.fdopen(os.dup(1), 'wb')
+    os.dup2(2, 1)  # whatever else prints must not get in between
+    try:
+        job = pickle.load(sys.stdin.buffer)
+        tokenizer = load_tokenizer(job.spec)
+        while True:
+            unit = pickle.load(sys.stdin.buffer)
+            try:
+                result = encode(job, tokenizer, unit)
+            except UserError as error:
+                result = error
+            except ValueError as error:  # a character that is not in the vocabulary
+                result = UserError(f'{unit.where}: {error}; has it changed since the vocabulary was made?')
+            pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
+            results.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent has ended
+
+
+if __name__ == '__main__':
+    from data import worker
+    worker.work()  # under its own name, which the pickles know its classes by

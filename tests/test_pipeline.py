@@ -1,0 +1,456 @@
+"""From text to token files: every kind of input, any number of workers, interrupted anywhere, against naive encodings of the whole."""
+import glob
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO, environment, run_forked, run_forked_ok
+
+from configurator import UserError
+from data import pipeline, sources
+from data.pipeline import write_dataset
+from data.sources import Documents, Files, pieces_of, safe_cut
+from data.worker import Job, Worker, document_hash
+from dataloader import Tokens, read_meta
+from tokenizer import ByteTokenizer, load_tokenizer
+
+WORDS = ['the', ' a', 'Größe', '中文', '\n', '\n\n', '  ', '1999', "'s", '...', 'naïve', '😀', '\t', 'code(x)', '<|endoftext|>', '\u3000',
+         '\x1c', 'e\u0301']
+
+
+def random_text(rng, words):
+    return ''.join(rng.choice(WORDS) + rng.choice(['', ' ', ' ']) for _ in range(words)).strip() or 'x'
+
+
+def make_documents(n, seed=0, words=40):
+    rng = random.Random(seed)
+    return [f'{i} {random_text(rng, rng.randrange(1, words))}' for i in range(n)]
+
+
+def write_input(folder, kind, documents):
+    """The documents as input of a kind -> its path."""
+    folder.mkdir(exist_ok=True)
+    lines = ''.join(json.dumps({'n': i, 'text': text}, ensure_ascii=i % 2 == 0) + '\n' for i, text in enumerate(documents)).encode()
+    if kind == 'txt':
+        for i, text in enumerate(documents):
+            (folder / f'{i:05d}.txt').write_bytes(text.encode())
+    elif kind == 'jsonl':
+        (folder / 'a.jsonl').write_bytes(b'\xef\xbb\xbf' + lines.rstrip(b'\n'))
+    elif kind == 'jsonl.gz':
+        (folder / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
+    elif kind == 'jsonl.zst':
+        half = len(lines) // 2  # two frames, as when two files were put one behind the other
+        compress = pytest.importorskip('zstandard').compress
+        (folder / 'a.jsonl.zst').write_bytes(compress(lines[:half]) + compress(lines[half:]))
+    elif kind == 'parquet':
+        write_parquet(folder / 'a.parquet', documents)
+    else:  # some of each
+        k = len(documents) // 3
+        for i, text in enumerate(documents[:k]):
+            (folder / f'a{i:05d}.txt').write_bytes(text.encode())
+        for i, part in enumerate((documents[k:2 * k], documents[2 * k:])):
+            (folder / f'{"bc"[i]}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in part))
+    return folder
+
+
+def write_parquet(path, documents, row_group_size=50):
+    """A file with the columns of FineWeb-Edu's."""
+    pa = pytest.importorskip('pyarrow')
+    pytest.importorskip('datasets')
+    import pyarrow.parquet
+    n = len(documents)
+    table = pa.table({'text': documents, 'id': [f'<urn:uuid:{i}>' for i in range(n)], 'dump': ['CC-MAIN-2013-20'] * n,
+                      'url': ['http://example.org/'] * n, 'file_path': ['s3://x'] * n, 'language': ['en'] * n,
+                      'language_score': [0.97] * n, 'token_count': list(range(n)), 'score': [2.75] * n, 'int_score': [3] * n})
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+
+
+KINDS = ['txt', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet', 'mixed']
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+
+
+def decoded(folder, split):
+    """The documents of a split, read back."""
+    meta = read_meta(str(folder))
+    tokenizer = load_tokenizer(meta['tokenizer'])
+    ids = Tokens(str(folder), split, meta)[0:meta['tokens'][split]]
+    ends = np.flatnonzero(ids == tokenizer.end_of_text)
+    assert ends[-1] == len(ids) - 1
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    monkeypatch.setattr(sources, 'ROWS', 16)
+    documents = make_documents(600)
+    source = Files(str(write_input(tmp_path / 'in', kind, documents)), 0.1)
+    units = list(source.units())
+    texts = [[piece for piece in pieces_of(unit, 'text')] for unit in units]
+    assert len(units) > 10 and len({json.dumps(unit.position) for unit in units}) == len(units)
+    joined = ''.join(piece.text + '\0' * piece.ends for pieces in texts for piece in pieces)
+    assert joined == ''.join(text + '\0' for text in documents)
+    progress = [unit.position['progress'] for unit in units]
+    assert progress == sorted(progress) and 0.5 < progress[-1] / source.total < 1.5
+    for n in (0, 1, len(units) // 2, len(units) - 2):
+        position = json.loads(json.dumps(units[n].position))
+        again = [list(pieces_of(unit, 'text')) for unit in Files(str(tmp_path / 'in'), 0.1).units(position)]
+        assert sum(again, []) == sum(texts[n + 1:], [])
+
+
+def test_a_long_text_is_cut_where_no_token_is(monkeypatch, gpt2_vocabulary):
+    """Encoding the pieces gives what encoding the whole gives."""
+    rng = random.Random(5)
+    for _ in range(300):
+        text = random_text(rng, 60)
+        k = safe_cut(text[:len(text) // 2])
+        whole = gpt2_vocabulary.encode(text).tolist()
+        if k < len(text) // 2:
+            assert gpt2_vocabulary.encode(text[:k]).tolist() + gpt2_vocabulary.encode(text[k:]).tolist() == whole
+    assert safe_cut('a' * 10) == 10 and safe_cut('ab c') == 2 and safe_cut('a\n\n') == 1 and safe_cut('  a') == 3
+
+
+def test_a_text_larger_than_a_unit(tmp_path, monkeypatch, gpt2_vocabulary):
+    monkeypatch.setattr(sources, 'UNIT', 100)
+    text = random_text(random.Random(1), 3000).replace('\r', '')
+    (tmp_path / 'book.txt').write_bytes(text.encode())
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'book.txt'), 0.1), 'gpt2')
+    meta = read_meta(str(tmp_path / 'data'))
+    k = int(0.9 * len(text))
+    for split, part in (('train', text[:k]), ('val', text[k:])):
+        assert Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist() == gpt2_vocabulary.encode(part).tolist()
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_input_in_full(tmp_path, kind):
+    """Every document once, in its split by its hash, in order, whole; counted rightly."""
+    documents = make_documents(400)
+    source = Files(str(write_input(tmp_path / 'in', kind, documents)), 0.1)
+    write_dataset(str(tmp_path / 'data'), source, 'byte', shard_tokens=5000, workers=2)
+    keys = documents
+    if kind in ('txt', 'mixed'):
+        names = sorted(path.name for path in (tmp_path / 'in').glob('*.txt'))
+        keys = names + documents[len(names):]
+    of_val = [document_hash(key) < 0.1 * 2**64 for key in keys]
+    assert decoded(tmp_path / 'data', 'val') == [text for text, val in zip(documents, of_val) if val]
+    assert decoded(tmp_path / 'data', 'train') == [text for text, val in zip(documents, of_val) if not val]
+    meta = read_meta(str(tmp_path / 'data'))
+    assert meta['documents'] == {'train': of_val.count(False), 'val': of_val.count(True)} and 15 < meta['documents']['val'] < 70
+    assert sum(meta['bytes'].values()) == sum(len(text.encode()) for text in documents)
+    sizes = [os.path.getsize(path) for path in sorted(glob.glob(str(tmp_path / 'data' / 'train_*.bin')))]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {10000} and sum(sizes) == 2 * meta['tokens']['train']
+    assert not (tmp_path / 'data' / 'preparing').exists()
+
+
+class Interrupted:
+    """A source that is interrupted, as by Ctrl-C, after so many units."""
+
+    def __init__(self, source, after):
+        self.source, self.after = source, after
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def units(self, position=None, part=None):
+        for n, unit in enumerate(self.source.units(position, part)):
+            if n == self.after:
+                raise KeyboardInterrupt
+            yield unit
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_interrupted_anywhere_and_with_any_workers_the_bytes_are_the_same(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, 'UNIT', 2000)
+    monkeypatch.setattr(sources, 'ROWS', 16)
+    path = str(write_input(tmp_path / 'in', kind, make_documents(500, seed=3)))
+    arguments = dict(vocab_size=300, shard_tokens=3000)
+    write_dataset(str(tmp_path / 'once'), Files(path, 0.1), 'bpe', workers=1, **arguments)
+    for after in (9, 2, 6, 100000):
+        try:
+            write_dataset(str(tmp_path / 'often'), Interrupted(Files(path, 0.1), after), 'bpe', workers=3, **arguments)
+        except KeyboardInterrupt:
+            left = tmp_path / 'often' / 'preparing'
+            if left.exists():  # as if more had been written than was counted, and half an id
+                with open(sorted(left.glob('train_*.bin'))[-1], 'ab') as file:
+                    file.write(b'abc')
+            with pytest.raises(UserError, match='there is no data set|missing'):
+                Tokens(str(tmp_path / 'often'), 'train', read_meta(str(tmp_path / 'often')))
+    assert hashes(tmp_path / 'often') == hashes(tmp_path / 'once') and len(hashes(tmp_path / 'once')) > 4
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """A folder with the scripts and data/NAME/prepare.py, so that nothing is written into the real one."""
+    for path in [*REPO.glob('*.py'), *REPO.glob('data/*.py'), *REPO.glob('data/*/prepare.py')]:
+        target = tmp_path / path.relative_to(REPO)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_killed_at_random_moments(data_folder):
+    """kill -9, through the command that a user types: no process stays behind, and the end is the same."""
+    path = write_input(data_folder / 'in', 'jsonl', make_documents(20000, words=100))
+    made = data_folder / 'data' / 'text'
+    command = [sys.executable, 'data/text/prepare.py', f'--input={path}', '--tokenizer=byte', '--shard_tokens=400_000']
+    rng = random.Random(11)
+    for moment in [None, *(rng.uniform(0.2, 1.2) for _ in range(int(os.environ.get('SAMGPT_TEST_KILLS', 3)))), None]:
+        name = 'often' if (made / 'once').exists() else 'once'
+        process = subprocess.Popen([*command, f'--name={name}'], cwd=data_folder, env=environment(), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        if moment:
+            time.sleep(moment)
+            process.send_signal(signal.SIGKILL)
+        assert process.wait() == (-signal.SIGKILL if moment and process.returncode else 0)
+    assert hashes(made / 'often') == hashes(made / 'once')
+    for _ in range(50 if shutil.which('pgrep') else 0):
+        left = subprocess.run(['pgrep', '-f', str(data_folder / 'data')], capture_output=True, text=True).stdout
+        if not left:
+            break
+        time.sleep(0.1)
+    else:
+        assert not shutil.which('pgrep'), f'still running: {left}'
+
+
+def test_moving_up_can_be_interrupted(tmp_path, monkeypatch):
+    """The second preparation has other shards than the first; until all have moved, training refuses, then it has the new ones only."""
+    paths = [str(write_input(tmp_path / name, 'jsonl', make_documents(300, seed))) for seed, name in enumerate(('first', 'second'))]
+    write_dataset(str(tmp_path / 'data'), Files(paths[0], 0.1), 'byte', shard_tokens=1000)
+    write_dataset(str(tmp_path / 'expected'), Files(paths[1], 0.1), 'byte', shard_tokens=3000)
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        if str(target).startswith(str(tmp_path / 'data' / 't')):
+            calls.append(target)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(pipeline.os, 'replace', replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Files(paths[1], 0.1), 'byte', shard_tokens=3000)
+    with pytest.raises(UserError, match='prepare the data again'):
+        Tokens(str(tmp_path / 'data'), 'train', read_meta(str(tmp_path / 'data')))
+    write_dataset(str(tmp_path / 'data'), Files(paths[1], 0.1), 'byte', shard_tokens=3000)
+    assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
+
+
+def test_other_text_or_settings_start_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(100)))
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 7), 'byte')
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte', shard_tokens=100)
+    assert 'starting anew' in capsys.readouterr().out
+    write_dataset(str(tmp_path / 'expected'), Files(path, 0.1), 'byte', shard_tokens=100)
+    assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
+
+
+@pytest.mark.parametrize('fraction', [0.001, 0.999])
+def test_few_documents_give_both_splits_something(tmp_path, fraction):
+    documents = make_documents(7)
+    write_dataset(str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', documents)), fraction), 'byte', fraction)
+    train, val = decoded(tmp_path / 'data', 'train'), decoded(tmp_path / 'data', 'val')
+    assert sorted(train + val) == sorted(documents) and min(len(train), len(val)) == 1
+
+
+def test_one_document_cannot_be_split(tmp_path):
+    with pytest.raises(UserError, match='fewer than two different documents'):
+        write_dataset(str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', ['one text'])), 0.1), 'byte')
+
+
+def test_max_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(500)))
+    write_dataset(str(tmp_path / 'all'), Files(path, 0.1), 'byte')
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'part'), Interrupted(Files(path, 0.1), 5), 'byte', max_tokens=7001)
+    write_dataset(str(tmp_path / 'part'), Files(path, 0.1), 'byte', max_tokens=7001)
+    assert (tmp_path / 'part/train.bin').read_bytes() == (tmp_path / 'all/train.bin').read_bytes()[:14002]
+    val = (tmp_path / 'part/val.bin').read_bytes()
+    assert 0 < len(val) < 4000 and (tmp_path / 'all/val.bin').read_bytes().startswith(val)
+
+
+def test_a_full_disk_is_seen_before_it_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(500)))
+    monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda folder: type('', (), {'free': 10000}))
+    with pytest.raises(UserError, match='GB more will be needed, 0.00 GB are free'):
+        write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+    monkeypatch.undo()
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+    assert len(decoded(tmp_path / 'data', 'train')) > 400
+
+
+def test_two_preparations_of_one_data_set(tmp_path):
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(20)))
+    (tmp_path / 'data/preparing').mkdir(parents=True)
+    with pipeline.locked(str(tmp_path / 'data/preparing')):
+        with pytest.raises(UserError, match='is being worked on by another process'):
+            write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+
+
+def test_a_worker_that_dies_is_one_line():
+    worker = Worker(Job({'kind': 'byte'}, [256], '<u2', 0, 'text'))
+    unit = sources.Unit({}, 'x', lines=b'{"text": "abc"}\n')
+    assert worker.encode(unit)['train'].ids == np.array([97, 98, 99, 256], dtype='<u2').tobytes()
+    worker.process.kill()
+    with pytest.raises(UserError, match='a worker process has ended, with status -9'):
+        worker.encode(unit)
+
+
+def test_json_with_lone_surrogates_and_empty_texts(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n')
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.jsonl'), 0.5), 'byte', 0.5)
+    assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == ['a\0b', 'x\ufffdy', 'z😀']
+
+
+def test_characters_of_many_documents(tmp_path):
+    texts = ['one\ntwo', 'three', 'four five'] * 20
+    write_dataset(str(tmp_path / 'data'), Documents(texts, 0.1), 'char')
+    meta = read_meta(str(tmp_path / 'data'))
+    tokenizer = load_tokenizer(meta['tokenizer'])
+    read = [tokenizer.decode(Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist()) for split in ('train', 'val')]
+    assert ''.join(read) == ''.join(text + '\n' for text in texts)
+    assert len(read[0].replace('\n', '')) == pytest.approx(0.9 * sum(len(text.replace('\n', '')) for text in texts), abs=6)
+
+
+def test_uint32_where_the_vocabulary_needs_it(tmp_path, monkeypatch):
+    """70,000 different characters."""
+    text = ''.join(chr(code) for code in range(0x10000, 0x10000 + 70000)) * 2
+    (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.txt'), 0.1), 'char')
+    meta = read_meta(str(tmp_path / 'data'))
+    assert meta['dtype'] == 'uint32' and os.path.getsize(tmp_path / 'data/train.bin') == 4 * 126000
+    ids = Tokens(str(tmp_path / 'data'), 'train', meta, 70000)[0:126000]
+    assert load_tokenizer(meta['tokenizer']).decode(ids.tolist()) == text[:126000]
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+def prepare(folder, name, *arguments, **extra):
+    command = [sys.executable, str(folder / 'data' / name / 'prepare.py'), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**extra), timeout=120)
+
+
+@pytest.mark.parametrize('name', ['openwebtext', 'fineweb'])
+def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, name):
+    documents = make_documents(500, seed=9)
+    folder = data_folder / 'in' / 'sample' / '10BT'
+    folder.mkdir(parents=True)
+    for n in range(2):
+        write_parquet(folder / f'00{n}_00000.parquet', documents[250 * n:250 * n + 250])
+    result = prepare(data_folder, name, f'--input={data_folder / "in"}', '--val_fraction=0.05')
+    assert result.returncode == 0, result.stderr
+    assert decoded(data_folder / 'data' / name, 'train') == [text for text in documents if document_hash(text) >= 0.05 * 2**64]
+    meta = read_meta(str(data_folder / 'data' / name))
+    naive = [i for text in documents if document_hash(text) >= 0.05 * 2**64 for i in [*gpt2_vocabulary.bpe.encode_ordinary(text), 50256]]
+    assert meta['tokenizer'] == {'kind': 'gpt2'}
+    assert Tokens(str(data_folder / 'data' / name), 'train', meta)[0:meta['tokens']['train']].tolist() == naive
+
+
+@pytest.mark.parametrize('name, hub', [('openwebtext', 'Skylion007/openwebtext'), ('fineweb', 'HuggingFaceFW/fineweb-edu')])
+def test_without_the_hub_there_is_one_line(data_folder, name, hub):
+    pytest.importorskip('datasets')
+    result = prepare(data_folder, name, '--tokenizer=byte', HF_HUB_OFFLINE='1')
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f'error: cannot load {hub} (is the network reachable? --input= takes local files)' in result.stderr
+
+
+def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
+    """The class that reads from the hub, with the library told to find the data set in a folder instead."""
+    documents = make_documents(700, seed=2)
+    (tmp_path / 'hub').mkdir()
+    for n in range(2):
+        write_parquet(tmp_path / 'hub' / f'00{n}_00000.parquet', documents[350 * n:350 * n + 350])
+    monkeypatch.setattr(sources, 'UNIT', 3000)
+    monkeypatch.setattr(sources, 'ROWS', 16)
+    source = sources.Hub(str(tmp_path / 'hub'))
+    write_dataset(str(tmp_path / 'once'), source, 'byte', workers=1)
+    assert decoded(tmp_path / 'once', 'train') == [text for text in documents if document_hash(text) >= 0.1 * 2**64]
+    for after in (3, 1, 100000):
+        try:
+            write_dataset(str(tmp_path / 'often'), Interrupted(sources.Hub(str(tmp_path / 'hub')), after), 'byte')
+        except KeyboardInterrupt:
+            assert (tmp_path / 'often/preparing/progress.json').exists()
+    assert hashes(tmp_path / 'often') == hashes(tmp_path / 'once')
+
+
+SHAPE = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
+         '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=8',
+         '--learning_rate=1e-2', '--min_lr=1e-3', '--align_documents=True']
+
+
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_training_on_three_shards_with_a_trained_bpe_resumes_exactly(data_folder, order):
+    import torch
+    documents = make_documents(600, seed=4)
+    (data_folder / 'web.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in documents))
+    result = prepare(data_folder, 'text', '--input=web.jsonl', '--tokenizer=bpe', '--vocab_size=400', '--shard_tokens=6000')
+    assert result.returncode == 0, result.stderr
+    shards = sorted(path.name for path in (data_folder / 'data/text/web').glob('train*'))
+    assert shards == ['train_000.bin', 'train_001.bin', 'train_002.bin']
+    arguments = ['--dataset=text/web', *SHAPE, f'--data_order={order}']
+    run_forked_ok('train.py', *arguments, '--out_dir=once', '--max_iters=8', cwd=data_folder)
+    run_forked_ok('train.py', *arguments, '--out_dir=twice', '--max_iters=3', cwd=data_folder)
+    run_forked_ok('train.py', *arguments, '--out_dir=twice', '--max_iters=8', '--init_from=resume', cwd=data_folder)
+    once, twice = (torch.load(data_folder / name / 'ckpt.pt', weights_only=True)['model'] for name in ('once', 'twice'))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    out = run_forked_ok('sample.py', '--out_dir=once', '--num_samples=1', '--max_new_tokens=20', '--device=cpu', '--json=True',
+                        cwd=data_folder)
+    assert len(json.loads(out)['token_ids']) <= 20 and once['transformer.wte.weight'].shape == (400, 32)
+
+
+def test_describe(data_folder):
+    texts = make_documents(200)
+    (data_folder / 'web.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    assert prepare(data_folder, 'text', '--input=web.jsonl', '--tokenizer=byte').returncode == 0
+    out = run_forked_ok('data/describe.py', 'text/web', '--windows=2', '--window_tokens=9', cwd=data_folder)
+    meta = read_meta(str(data_folder / 'data/text/web'))
+    assert 'tokenizer byte, vocabulary of 257' in out
+    assert f'{meta["tokens"]["train"]:,} tokens in 1 file' in out and f'{meta["documents"]["train"]:,} ends of documents' in out
+    part = meta['bytes']['train'] / meta['tokens']['train']
+    assert f'{part:.2f} bytes of text a token' in out
+    shown = [line.split(': ', 1) for line in out.splitlines() if line.startswith('  at ')]
+    assert len(shown) == 4
+    train = Tokens(str(data_folder / 'data/text/web'), 'train', meta)
+    start = int(shown[0][0].removeprefix('  at ').replace(',', ''))
+    assert ByteTokenizer().decode(train[start:start + 9].tolist()) == eval(shown[0][1])
+    for mistake in ([], ['absent'], ['text/web', '--windows=-1']):
+        result = run_forked('data/describe.py', *mistake, cwd=data_folder)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+
+
+def test_evaluation_in_bits_per_byte(data_folder):
+    """The same as from the loss and the lengths of what was predicted."""
+    import torch
+    (data_folder / 'web.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in make_documents(300)))
+    assert prepare(data_folder, 'text', '--input=web.jsonl', '--tokenizer=bpe', '--vocab_size=300').returncode == 0
+    run_forked_ok('train.py', '--dataset=text/web', *SHAPE, '--max_iters=2', cwd=data_folder)
+    out = run_forked_ok('evaluate.py', '--device=cpu', cwd=data_folder)
+    meta = read_meta(str(data_folder / 'data/text/web'))
+    row = Tokens(str(data_folder / 'data/text/web'), 'val', meta)[0:meta['tokens']['val']]
+    tokenizer = load_tokenizer(meta['tokenizer'])
+    n = (len(row) - 1) // 16 * 16
+    text_bytes = len(b''.join(tokenizer.bpe.decode_single_token_bytes(i) for i in row[1:n + 1].tolist() if i != tokenizer.end_of_text))
+    loss, bits = (float(out.split(word)[1].split()[0].rstrip(',')) for word in ('loss', 'perplexity '))
+    bits = float(out.split(' bits per byte')[0].split()[-1])
+    assert bits == pytest.approx(loss * n / torch.tensor(2.0).log().item() / text_bytes, rel=2e-4)
