@@ -3,9 +3,14 @@
 A split is raw little-endian ids, `train.bin` or shards `train_000.bin, train_001.bin, …`, uint16 unless the data set's
 meta.json says uint32. A window is block_size + 1 consecutive tokens: the input and, one further, the target.
 
+Windows are read from the files, not mapped into memory: what a process has mapped counts as its memory, and over a long run that
+would be the whole data set. The system keeps in its cache what it has room for either way.
+
 Because the global batch of a step depends on nothing but the seed and the step, resuming has nothing to replay, and any
 number of ranks trains on the same tokens: each takes its own micro-batches of the same global batch.
 """
+import bisect
+import functools
 import glob
 import io
 import json
@@ -18,6 +23,8 @@ import torch
 from configurator import UserError, one_line, user_errors
 
 MAX_IDS_CHECKED = 2**28  # on opening, a larger split is checked in evenly spread pieces; every batch is checked again
+CHECKED_AT_ONCE = 2**22  # ids
+MAX_OPEN_SHARDS = 256  # files; many systems allow a process 1024
 
 
 def read_meta(data_dir):
@@ -60,38 +67,59 @@ class Tokens:
             raise UserError(f"{data_dir}/meta.json: 'dtype' is {one_line(repr(dtype), 40)}, must be uint16 or uint32")
         self.vocab_size = vocab_size
         self.name = os.path.join(data_dir, f'{split}.bin')
-        self.paths = [self.name] if os.path.exists(self.name) else sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')))
+        self.paths = [self.name] if os.path.exists(self.name) else sorted(
+            glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')), key=lambda path: (len(path), path))  # 1000 after 999
         if not self.paths:
             raise UserError(f'{self.name} is missing: run python {data_dir}/prepare.py')
-        self.shards = [open_shard(path, np.dtype(dtype).newbyteorder('<')) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.dtype = np.dtype(dtype).newbyteorder('<')
+        self.ends = np.cumsum([shard_length(path, self.dtype) for path in self.paths]).tolist()  # of the shards, in the row
+        self.open_shard = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
         expected = meta.get('tokens', {}).get(split) if isinstance(meta.get('tokens', {}), dict) else None
         if expected is not None and expected != len(self):
             raise UserError(f'{self.name} holds {len(self)} tokens, meta.json says {expected}: prepare the data again')
         if vocab_size is not None:
-            for path, shard in zip(self.paths, self.shards):
-                check_ids(path, shard, vocab_size)
+            self.check_ids()
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, span):
-        pieces, start = [], span.start
-        while start < span.stop:
-            shard = int(np.searchsorted(self.ends, start, side='right'))
-            offset = start - (int(self.ends[shard - 1]) if shard else 0)
-            piece = self.shards[shard][offset:offset + span.stop - start]
-            pieces.append(piece)
-            start += len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        row = np.empty(span.stop - span.start, dtype=self.dtype)
+        self.read(span.start, row)
+        return row
+
+    def read(self, start, row):
+        """Fill a row with the ids from `start` on, across shards."""
+        while len(row):
+            n = bisect.bisect_right(self.ends, start)
+            first = self.ends[n - 1] if n else 0
+            piece = row[:self.ends[n] - start]
+            file = self.open_shard(self.paths[n])
+            file.seek((start - first) * row.itemsize)
+            try:
+                n_bytes = file.readinto(piece)
+            except OSError as error:
+                raise UserError(f'cannot read {file.name}: {error.strerror}') from error
+            if n_bytes != piece.nbytes:
+                raise UserError(f'{file.name} has become shorter since it was opened: prepare the data again')
+            start, row = start + len(piece), row[len(piece):]
+
+    def check_ids(self):
+        """Raise UserError if an id at or above vocab_size is found: in all of a split, or in MAX_IDS_CHECKED of a larger one."""
+        stride = CHECKED_AT_ONCE * max(1, -(-len(self) // MAX_IDS_CHECKED))
+        for start in range(0, len(self), stride):
+            largest = int(self[start:min(start + CHECKED_AT_ONCE, len(self))].max())
+            if largest >= self.vocab_size:
+                path = self.paths[bisect.bisect_right(self.ends, start)]
+                raise UserError(f'{path} holds the id {largest}, the vocabulary ends at {self.vocab_size - 1}: '
+                                'it was prepared with another tokenizer; prepare the data again')
 
     def windows(self, starts, length):
         """Windows at the given offsets -> int64 array (len(starts), length). UserError for an id out of range."""
-        starts = np.asarray(starts, dtype=np.int64)
-        if len(self.shards) == 1:
-            rows = self.shards[0][starts[:, None] + np.arange(length)].astype(np.int64)  # one gather, without a loop in Python
-        else:
-            rows = np.stack([self[start:start + length] for start in starts.tolist()]).astype(np.int64)
+        rows = np.empty((len(starts), length), dtype=self.dtype)
+        for start, row in zip(np.asarray(starts, dtype=np.int64).tolist(), rows):
+            self.read(start, row)
+        rows = rows.astype(np.int64)
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
             raise UserError(f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: prepare the data again')
         return rows
@@ -103,25 +131,22 @@ class Tokens:
                             f'lower --block_size or prepare more text')
 
 
-def open_shard(path, dtype):
-    """Map a file of ids into memory, read-only. UserError if it is empty, not a whole number of ids, or unreadable."""
+def open_shard(path):
+    """A file for reading at any place; without a buffer, which would read more than a window."""
+    with user_errors(OSError, where=f'cannot read {path}: '):
+        return open(path, 'rb', buffering=0)
+
+
+def shard_length(path, dtype):
+    """How many ids a file holds. UserError if none, not a whole number of them, or it cannot be read."""
     with user_errors(OSError, ValueError, where=f'cannot read {path}: '):
         size = os.path.getsize(path)
         if size == 0:
             raise ValueError('it is empty; prepare the data again')
         if size % dtype.itemsize:
             raise ValueError(f'{size} bytes are not a whole number of {dtype.name} ids, so it was cut short; prepare the data again')
-        return np.memmap(path, dtype=dtype, mode='r')
-
-
-def check_ids(path, shard, vocab_size, piece=2**22):
-    """Raise UserError if an id at or above vocab_size is found in the shard, or in MAX_IDS_CHECKED of a larger one."""
-    stride = piece * max(1, -(-len(shard) // MAX_IDS_CHECKED))
-    for start in range(0, len(shard), stride):
-        largest = int(shard[start:start + piece].max())
-        if largest >= vocab_size:
-            raise UserError(f'{path} holds the id {largest}, the vocabulary ends at {vocab_size - 1}: '
-                            'it was prepared with another tokenizer; prepare the data again')
+    open_shard(path).close()
+    return size // dtype.itemsize
 
 
 def random_words(n, *key):
@@ -136,10 +161,12 @@ class TrainBatches:
     of them and grows linearly over so many steps, in multiples of `first`. order 'random': windows start anywhere,
     as in nanoGPT. order 'shuffle': an epoch cuts the split into windows side by side, at an offset of its own, and takes
     each once in an order of its own. Of the global batch, rank r of w takes every w-th micro-batch, beginning with the r-th.
+    end_of_text: with the id that ends documents, a window moves on to where one begins, if one does within block_size tokens.
     """
 
-    def __init__(self, tokens, block_size, batch_size, micro_batches, seed, order, ranks, device, step=0, ramp=(0, 0)):
+    def __init__(self, tokens, block_size, batch_size, micro_batches, seed, order, ranks, device, step=0, ramp=(0, 0), end_of_text=None):
         tokens.require_window(block_size)
+        self.end_of_text = end_of_text
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.order, self.ranks, self.device = seed, order, ranks, device
         first, steps = ramp
@@ -158,7 +185,17 @@ class TrainBatches:
         self.micro += self.ranks.world_size
         if self.micro >= self.micro_batches_at(self.step):
             self.step, self.micro = self.step + 1, self.ranks.rank
+        if self.end_of_text is not None:
+            starts = self.document_starts(starts)
         return to_device(self.tokens.windows(starts, self.block_size + 1), self.device)
+
+    def document_starts(self, starts):
+        """Offsets of windows, moved on to the first beginning of a document within block_size tokens, where there is one and a window
+        fits behind it."""
+        starts = starts.astype(np.int64)
+        before = self.tokens.windows(np.maximum(starts - 1, 0), self.block_size)  # a document begins behind another's end
+        moved = starts + ((before == self.end_of_text) & (starts > 0)[:, None]).argmax(axis=1)
+        return np.where(moved < len(self.tokens) - self.block_size, moved, starts)
 
     def micro_batches_at(self, step):
         """Micro-batches in the global batch of a step."""

@@ -48,7 +48,7 @@ from runtime import (
     synchronize,
     use_fast_float32,
 )
-from tokenizer import GPT2_SPEC, spec_from_meta, spec_vocab_size
+from tokenizer import GPT2_SPEC, same_ids, spec_end_of_text, spec_from_meta, spec_vocab_size
 
 # --- settings: the defaults train GPT-2 124M on OpenWebText on 8 GPUs -----------------------------------------------------
 # where and when to report
@@ -65,6 +65,7 @@ wandb_run_name = 'gpt2'  # wandb run
 # data
 dataset = 'openwebtext'  # folder below data/
 data_order = 'random'  # 'random': windows start anywhere; 'shuffle': every window once an epoch, in a new order
+align_documents = False  # begin windows where a document begins, if one does within the next block_size tokens
 gradient_accumulation_steps = 5 * 8  # micro-batches in an update, all ranks together
 batch_size = 12  # windows in a micro-batch
 block_size = 1024  # tokens in a window, the model's context
@@ -156,6 +157,9 @@ meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     tokenizer = spec_from_meta(meta)
     tokenizer_vocab_size = spec_vocab_size(tokenizer) if tokenizer else meta['nanogpt']['vocab_size']
+end_of_text = spec_end_of_text(tokenizer) if align_documents and tokenizer else None
+if align_documents and end_of_text is None:
+    raise UserError(f'--align_documents=True: {data_dir} has no token that ends a document')
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) for split in ('train', 'val'))
 
 # --- model ----------------------------------------------------------------------------------------------------------------
@@ -189,8 +193,8 @@ else:
     for key in shape_keys:
         if key not in NANOGPT_FIELDS and key in config.given and config[key] != getattr(model.config, key):
             raise UserError(f'--{key}={config[key]}: {init_from} has {key}={getattr(model.config, key)}; leave it out')
-    if pretrained_tokenizer and tokenizer and tokenizer['kind'] == 'char':
-        raise UserError(f'{data_dir} is in characters, {init_from} knows BPE tokens: choose a --dataset in its encoding')
+    if pretrained_tokenizer and tokenizer and not same_ids(tokenizer, pretrained_tokenizer):
+        raise UserError(f'{data_dir} has other tokens than {init_from}: choose a --dataset in its encoding')
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
     elif block_size > model.config.block_size and 'block_size' in config.given:
@@ -205,7 +209,7 @@ if tokenizer_vocab_size > model.config.vocab_size:
     raise UserError(f'{data_dir} has a vocabulary of {tokenizer_vocab_size}, the model of {model.config.vocab_size}: '
                     'choose another --dataset')
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
-                       ramp=(batch_ramp_from, batch_ramp_iters))
+                       (batch_ramp_from, batch_ramp_iters), end_of_text)
 if not eval_only:
     x, y = batches.next()
 val_tokens.require_window(block_size)

@@ -7,7 +7,7 @@ import torch
 from conftest import CHARS, write_data
 
 from configurator import UserError
-from dataloader import Tokens, TrainBatches, check_ids, eval_batches, read_meta
+from dataloader import Tokens, TrainBatches, eval_batches, read_meta
 from runtime import Ranks
 from tokenizer import spec_from_nanogpt
 
@@ -126,7 +126,7 @@ def test_evaluation_windows(counting, world_size):
     assert max(few) > 900 and {b - a for a, b in zip(few, few[1:])} <= {40, 50}  # spread evenly
 
 
-def test_ids_are_checked_when_opened_and_when_read(tmp_path):
+def test_ids_are_checked_when_opened_and_when_read(tmp_path, monkeypatch):
     ids = np.zeros(1000, dtype='<u2')
     ids[700] = 65
     ids.tofile(tmp_path / 'train.bin')
@@ -137,9 +137,12 @@ def test_ids_are_checked_when_opened_and_when_read(tmp_path):
     assert tokens.windows([0, 600], 100).shape == (2, 100)
     with pytest.raises(UserError, match='holds the id 65'):
         tokens.windows([0, 650], 100)
-    check_ids('x', ids, 66, piece=64)
-    with pytest.raises(UserError):
-        check_ids('x', ids, 65, piece=64)
+    monkeypatch.setattr('dataloader.CHECKED_AT_ONCE', 64)
+    Tokens(str(tmp_path), 'train', {}, 66)
+    with pytest.raises(UserError, match='holds the id 65'):
+        Tokens(str(tmp_path), 'train', {}, 65)
+    monkeypatch.setattr('dataloader.MAX_IDS_CHECKED', 64)  # one piece: the first
+    Tokens(str(tmp_path), 'train', {}, 65)
 
 
 def test_meta_json_and_nanogpt_meta_pkl(tmp_path):
