@@ -1,4 +1,5 @@
 """The order of training: a function of seed and step, whatever the ranks; windows, shards, checks."""
+import os
 import pickle
 
 import numpy as np
@@ -95,6 +96,68 @@ def test_an_epoch_takes_every_window_once(counting):
 def test_shuffle_of_a_single_window(tmp_path):
     np.arange(11, dtype='<u2').tofile(tmp_path / 'train.bin')
     assert set(map(tuple, global_batch(Tokens(str(tmp_path), 'train', {}), 1, 'shuffle', steps=3))) == {(0, 0, 0)}
+
+
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_windows_that_begin_with_a_document(tmp_path, order):
+    """Each window of the same order without alignment, moved on to the next beginning if it is near; the same on two ranks."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 50, 2000).astype('<u2')
+    ids[rng.integers(0, 2000, 120)] = 0
+    ids[1900:] = 7  # none begins here
+    ids.tofile(tmp_path / 'train.bin')
+    tokens = Tokens(str(tmp_path), 'train', {}, 50)
+    moved = 0
+    for world_size in (1, 2):
+        for rank in range(world_size):
+            plain, aligned = (TrainBatches(tokens, 10, 3, 4, 7, order, Ranks(rank, rank, world_size), CPU, end_of_text=end)
+                              for end in (None, 0))
+            for step in range(40):
+                for micro in range(rank, 4, world_size):
+                    starts = plain.window_starts(step)[micro * 3:micro * 3 + 3].astype(int).tolist()
+                    expected = [next((at for at in range(start, start + 10) if (at == 0 or ids[at - 1] == 0) and at + 11 <= 2000),
+                                     start) for start in starts]
+                    x, y = aligned.next()
+                    assert x.tolist() == [ids[at:at + 10].tolist() for at in expected]
+                    assert y.tolist() == [ids[at + 1:at + 11].tolist() for at in expected]
+                    moved += expected != starts
+    assert moved > 50
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='tells resident memory on Linux only')
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    with open(tmp_path / 'train.bin', 'wb') as file:
+        file.truncate(600_000_000)
+    tokens = Tokens(str(tmp_path), 'train', {}, 10)
+    batches = TrainBatches(tokens, 1024, 12, 4, 7, 'random', Ranks(), CPU)
+
+    def resident():
+        with open('/proc/self/statm') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+    batches.next()
+    before = resident()
+    for _ in range(2000):  # of 4 KiB pages there are 146,000, and these would touch 20,000 of them
+        batches.next()
+    assert resident() - before < 20_000_000
+
+
+def test_a_file_that_was_cut_after_it_was_opened(tmp_path):
+    np.arange(1003, dtype='<u2').tofile(tmp_path / 'train.bin')
+    tokens = Tokens(str(tmp_path), 'train', {}, 2000)
+    os.truncate(tmp_path / 'train.bin', 1000)
+    with pytest.raises(UserError, match='has become shorter'):
+        tokens.windows([0, 600], 100)
+
+
+def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr('dataloader.MAX_OPEN_SHARDS', 3)
+    ids = np.arange(5000, dtype='<u2')
+    for n in range(1005):
+        ids[n * 4:n * 4 + 4 if n < 1004 else 5000].tofile(tmp_path / f'train_{n:03d}.bin')
+    tokens = Tokens(str(tmp_path), 'train', {})
+    assert tokens.windows([0, 3990, 4009], 900).tolist() == [list(range(s, s + 900)) for s in (0, 3990, 4009)]
+    assert tokens.open_shard.cache_info().currsize == 3
 
 
 def test_shards_are_one_long_row(tmp_path, counting):
