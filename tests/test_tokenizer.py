@@ -74,8 +74,8 @@ def test_tokenizers_library_round_trip():
 
 def unruly_text(rng, n=40):
     """Letters, digits, marks, white space and special tokens of all kinds, in a row."""
-    pieces = ['the ', 'The', " it's", "'LL", ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', '\x1c', '\x00', '<|endoftext|>', '12', '٣', '...',
-              'é', 'e\u0301', '漢字', '😀']
+    pieces = ['the ', 'The', " it's", "'LL", ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', '\x1c', '\x00', '<|endoftext|>', '12', '٣',
+              '...', 'é', 'e\u0301', '漢字', '😀']
     return ''.join(rng.choice(pieces) if rng.random() < 0.7 else random_text(rng, 1) for _ in range(rng.randrange(n)))
 
 
