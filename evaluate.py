@@ -14,7 +14,7 @@ from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, eval_batches, read_meta
 from packing import pack
 from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
-from tokenizer import load_tokenizer, same_ids, spec_from_meta
+from tokenizer import load_tokenizer, same_ids, spec_from_meta, spec_vocab_size
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
@@ -47,7 +47,7 @@ with user_errors(ValueError, where=f'{data_dir}/meta: '):
     spec = spec_from_meta(meta)
 if tokenizer and spec and not same_ids(spec, tokenizer):
     raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
-tokens = Tokens(data_dir, split, meta, model.config.vocab_size)
+tokens = Tokens(data_dir, split, meta, min(model.config.vocab_size, spec_vocab_size(spec) if spec else model.config.vocab_size))
 if block_size > model.config.block_size:
     raise UserError(f'--block_size={block_size}: the model has {model.config.block_size} positions')
 tokens.require_window(1)

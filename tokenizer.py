@@ -3,6 +3,7 @@ every checkpoint: {'kind': 'char', 'chars': 'abc…'}, {'kind': 'byte'}, {'kind'
 tokenizers library, {'kind': 'bpe', 'json': '…'} for one trained here and {'kind': 'tokenizers', 'json': '…'} for any other."""
 import functools
 import json
+import re
 
 import numpy as np
 
@@ -96,7 +97,13 @@ class TiktokenTokenizer:
         """text -> ids, an int array. special=True reads '<|endoftext|>' as the one token, else it is text like any other. A lone
         surrogate, which UTF-8 has no bytes for, becomes U+FFFD."""
         text = replace_surrogates(text)
-        ids = self.bpe.encode_to_numpy(text, allowed_special='all') if special else self.bpe.encode_to_numpy(text, disallowed_special=())
+        try:
+            ids = self.bpe.encode_to_numpy(text, **{'allowed_special': 'all'} if special else {'disallowed_special': ()})
+        except ValueError:  # a million of white space in a row is more than its pattern can match
+            half = len(text) // 2
+            if not half:
+                raise
+            return np.concatenate((self.encode(text[:half], special), self.encode(text[half:], special)))
         return ids.astype(np.int32)
 
     def decode(self, ids):
@@ -137,7 +144,8 @@ def load_bpe(json_text):
         end_of_text = vocab[END_OF_TEXT]
         byte_of = {char: byte for byte, char in enumerate(byte_characters())}
         ranks = {bytes(byte_of[char] for char in token): id for token, id in vocab.items() if token != END_OF_TEXT}
-        if sorted(vocab.values()) != list(range(len(vocab))) or not all(bytes((byte,)) in ranks for byte in range(256)):
+        if (not all(type(id) is int for id in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab)))
+                or not all(bytes((byte,)) in ranks for byte in range(256)) or b'' in ranks):
             raise ValueError('its ids have gaps, or bytes have none')
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise ValueError(f'not the tokenizer.json of a byte-level BPE trained here: {one_line(repr(error), 100)}') from error
@@ -156,6 +164,9 @@ def byte_characters():
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
+LONG_RUN = re.compile(r'(\w{16})(?=\w)')  # what a BPE learns from is cut after so many letters, so that memory holds no whole sentences
+
+
 def train_bpe(texts, vocab_size):
     """Learn a byte-level BPE of vocab_size ids, of which 256 are the bytes and one is the end of text, from texts -> its spec.
 
@@ -171,6 +182,7 @@ def train_bpe(texts, vocab_size):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    texts = (LONG_RUN.sub(r'\1\n', text) for text in texts)
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     if tokenizer.get_vocab_size() < vocab_size:
@@ -220,8 +232,8 @@ class HuggingFaceTokenizer:
         """The length of each token in bytes, 0 for special ones -> int array (vocab_size,); None if the tokens are not bytes of text."""
         if (json.loads(self.json).get('decoder') or {}).get('type') != 'ByteLevel':
             return None
-        special = {id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        return np.array([0 if i in special else len(self.tokenizer.id_to_token(i) or '') for i in range(self.vocab_size)])
+        added = {id: 0 if token.special else len(token.content.encode()) for id, token in self.tokenizer.get_added_tokens_decoder().items()}
+        return np.array([added[i] if i in added else len(self.tokenizer.id_to_token(i) or '') for i in range(self.vocab_size)])
 
     def spec(self):
         return {'kind': 'tokenizers', 'json': self.json}
