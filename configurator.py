@@ -22,6 +22,8 @@ from types import ModuleType
 
 SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 
+ends_at_once = False  # see leave_at_once
+
 
 class UserError(Exception):
     """A person's mistake. Uncaught, it ends the script with one line on standard error and exit status 2.
@@ -188,13 +190,30 @@ def flush_output():
             os._exit(2)
 
 
+def leave_at_once():
+    """From now on, end without the interpreter's clean-up: threads that a library has left behind can hang or abort in it."""
+    global ends_at_once
+    if not ends_at_once:
+        ends_at_once = True
+        atexit.register(leave, 0)
+
+
+def leave(status):
+    """End with this exit status; see leave_at_once."""
+    if ends_at_once:
+        flush_output()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def report_uncaught(kind, error, traceback):
     """sys.excepthook: a UserError, or running out of memory, is one line and exit status 2; the rest keeps its traceback."""
     if kind is KeyboardInterrupt:
-        sys.exit(130)  # the shell's status for a program that Ctrl-C ended
+        leave(130)  # the shell's status for a program that Ctrl-C ended
     if kind is BrokenPipeError:  # who reads our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
+        leave(141)
     if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         error, kind = UserError(f'{error.filename or "the output"}: {error.strerror}; free some and try again'), UserError
     text = str(error)
@@ -202,8 +221,11 @@ def report_uncaught(kind, error, traceback):
         error = UserError(f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
                           f'--num_samples, --max_new_tokens, --block_size or the size of the model ({one_line(text, 120)})')
     elif not issubclass(kind, UserError):
-        return sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, traceback)
+        if ends_at_once:
+            leave(1)
+        return
     rank = os.environ.get('RANK', '0')
     text = one_line(str(error), limit=2000)
     print(f'error: {text}' if rank == '0' else f'error (rank {rank}): {text}', file=sys.stderr, flush=True)
-    sys.exit(2)  # raised inside the hook, this sets the exit status and still runs the atexit handlers
+    leave(2)  # raised inside the hook, this sets the exit status and still runs the atexit handlers

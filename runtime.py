@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, flush_output, one_line, user_errors
+from configurator import UserError, leave, leave_at_once, one_line, user_errors
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -191,9 +191,8 @@ def end(ranks, status=0):
         sys.exit(status)
     dist.barrier()
     dist.destroy_process_group()
-    flush_output()
-    sys.stderr.flush()
-    os._exit(status)
+    leave_at_once()
+    leave(status)
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
