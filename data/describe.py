@@ -40,12 +40,11 @@ for split in ('train', 'val'):
     counts = np.zeros(vocab_size, dtype=np.int64)
     with tqdm(total=len(tokens), unit='tokens', unit_scale=True, desc=f'reading {split}', delay=1) as bar:
         for start in range(0, len(tokens), CHECKED_AT_ONCE):
-            piece = tokens[start:min(start + CHECKED_AT_ONCE, len(tokens))]
-            with user_errors(ValueError, where=f'{tokens.name}: '):
-                if piece.max() >= vocab_size:
-                    raise ValueError(f'holds the id {piece.max()}, the vocabulary ends at {vocab_size - 1}: prepare the data again')
-            counts += np.bincount(piece, minlength=vocab_size)
-            bar.update(len(piece))
+            found = np.bincount(tokens[start:min(start + CHECKED_AT_ONCE, len(tokens))], minlength=vocab_size)
+            if len(found) > vocab_size:  # opening checks a part of a large split
+                raise UserError(f'{tokens.name} holds the id {len(found) - 1}, beyond the vocabulary: prepare the data again')
+            counts += found
+            bar.update(int(found.sum()))
     facts = [f'{len(tokens):,} tokens in {len(tokens.paths)} file{"s" * (len(tokens.paths) > 1)}',
              f'{len(tokens) * tokens.dtype.itemsize / 1e6:,.1f} MB', f'{np.count_nonzero(counts):,} of the ids in use']
     if token_bytes is not None:

@@ -5,10 +5,10 @@ Memory holds a few units of text (see sources.py), whatever the size of the whol
     setup.json                       what is being prepared, and by which tokenizer
     progress.json                    up to where, replaced every few seconds, after what it counts is on the disk
     train_000.bin, …, val_000.bin    ids so far; what a crash left behind the counted ones is cut off
-The same command goes on from there. When all is done, the files move up, meta.json first: until the last one has moved, its counts do
-not fit them, and training refuses; and the same command again moves the rest.
+    meta.json                        the description, when all is encoded
+The same command goes on from there. When all is done, an earlier preparation's files are deleted and the new ones move up, meta.json
+first: until the last one has moved, some are missing, and training refuses; and the same command again moves the rest.
 """
-import glob
 import itertools
 import json
 import os
@@ -31,55 +31,62 @@ from tokenizer import CharTokenizer, load_gpt2, load_tokenizer, train_bpe
 
 SPLITS = ('train', 'val')
 SAVE_SECONDS = 2.0  # of work that a crash can cost
-BPE_SAMPLE = 100_000_000  # characters that a BPE is learned from
+BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from; its words are counted in memory,
+LONG_RUN_COST = 50  # and those of text without spaces are many, so each letter of such counts as so many characters
+LONG_RUN = re.compile(r'\w{24,}')
 
 
-def write_dataset(out_dir, source, kind, val_fraction=0.1, vocab_size=0, shard_tokens=100_000_000, max_tokens=0, workers=0):
+def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000, max_tokens=0, workers=0):
     """Prepare a data set in out_dir: token files and meta.json. The same text and settings give the same bytes, whatever the number of
     workers, and however often it was interrupted.
 
     source: of sources.py. kind: 'char', a line end after each document; 'byte', 'gpt2', 'bpe' (trained on the text, vocab_size ids), the
-    end-of-text token after each; a single text has nothing after it. shard_tokens: ids in a file, 0 for all in one. max_tokens: stop at
-    so many train tokens, 0 for all. workers: processes, 0 for one a core. UserError for what a person can mend.
+    end-of-text token after each; a single text has nothing after it. shard_tokens: ids in a file, 0 for all in one. max_tokens: stop
+    behind so many train tokens, or some more, 0 for all. workers: processes, 0 for one a core. UserError for what a person can mend.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f'--val_fraction={val_fraction}: must be between 0 and 1')
     for name, value in (('shard_tokens', shard_tokens), ('max_tokens', max_tokens), ('workers', workers)):
         if value < 0:
             raise UserError(f'--{name}={value}: must be 0 or more')
+    if max_tokens and source.cut is not None:
+        raise UserError('--max_tokens: takes the first of many documents; of a single text, or a few, cut off what you do not want')
     if kind not in ('char', 'byte', 'gpt2', 'bpe'):
         raise UserError(f"--tokenizer={kind}: must be 'char', 'byte', 'gpt2' or 'bpe'")
-    settings = [source.fingerprint, source.text_key, kind, val_fraction, vocab_size if kind == 'bpe' else 0, shard_tokens, max_tokens]
+    vocab_size = vocab_size if kind == 'bpe' else 0
+    settings = [source.fingerprint, source.text_key, kind, source.val_fraction, vocab_size, shard_tokens, max_tokens]
     folder = os.path.join(out_dir, 'preparing')
     setup = read_json(os.path.join(folder, 'setup.json'))
     if setup and setup['settings'] != settings:
         print(f'{folder} holds an unfinished preparation of other text or with other settings: starting anew')
         setup = None
-    spec = setup['tokenizer'] if setup else make_tokenizer(kind, source, val_fraction, vocab_size)
+    spec = setup['tokenizer'] if setup else make_tokenizer(kind, source, vocab_size)
     with user_errors(OSError, where=f'cannot write to {out_dir}: '):
         os.makedirs(folder, exist_ok=True)
         with locked(folder):
             if not setup:
-                for path in glob.glob(os.path.join(glob.escape(folder), '*')):
-                    os.remove(path)
+                for name in os.listdir(folder):
+                    if name != 'lock':
+                        os.remove(os.path.join(folder, name))
                 write_json(os.path.join(folder, 'setup.json'), {'settings': settings, 'tokenizer': spec})
             meta = read_json(os.path.join(folder, 'meta.json'))
             if not meta:
                 try:
-                    meta = encode_all(folder, source, spec, val_fraction, shard_tokens, max_tokens, workers)
+                    meta = encode_all(folder, source, spec, shard_tokens, max_tokens, workers)
                 except UserError:
                     if not read_json(os.path.join(folder, 'progress.json')):  # nothing to go on from
                         shutil.rmtree(folder)
                         with suppress(OSError):
                             os.rmdir(out_dir)  # if it was made for this
                     raise
+                for name in os.listdir(out_dir):  # from here on, training finds nothing until all is in place
+                    if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
+                        os.remove(os.path.join(out_dir, name))
                 write_json(os.path.join(folder, 'meta.json'), meta)
             publish(folder, out_dir, meta, shard_tokens)
     print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
           f'vocabulary of {meta["vocab_size"]:,}')
 
 
-def make_tokenizer(kind, source, val_fraction, vocab_size):
+def make_tokenizer(kind, source, vocab_size):
     """The spec of the tokenizer for a source; 'char' reads all of it, 'bpe' learns from training text only, BPE_SAMPLE characters of it,
     from the beginning of each file."""
     if kind == 'char':
@@ -93,9 +100,10 @@ def make_tokenizer(kind, source, val_fraction, vocab_size):
                 left = BPE_SAMPLE // source.parts
                 for unit in source.units(part=part):
                     for piece in pieces_of(unit, source.text_key):
-                        if split_of(piece, threshold_of(val_fraction))[0] == 'train' and left > 0:
-                            yield piece.text[:left]
-                            left -= len(piece.text)
+                        if split_of(piece, threshold_of(source))[0] == 'train' and left > 0:
+                            text = piece.text[:left]
+                            yield text
+                            left -= len(text) + LONG_RUN_COST * sum(len(run) for run in LONG_RUN.findall(text))
                     if left <= 0:
                         break
         print(f'learning a vocabulary of {vocab_size:,} ...', flush=True)
@@ -113,98 +121,123 @@ def progress_over(source, units, what):
             bar.update(unit.position['progress'] - bar.n)
 
 
-def threshold_of(val_fraction):
+def threshold_of(source):
     """Documents whose hash is below it are for validation."""
-    return int(val_fraction * 2**64)
+    return int(source.val_fraction * 2**64)
 
 
-def encode_all(folder, source, spec, val_fraction, shard_tokens, max_tokens, workers):
+def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
     """Encode the whole source into shards in a folder, from where progress.json tells -> the data set's description."""
     tokenizer = load_tokenizer(spec)
     separator = [] if source.single else tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
-    fresh = {'position': None, 'threshold': threshold_of(val_fraction), 'hashes': [],
-             'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS}}
-    progress_file = os.path.join(folder, 'progress.json')
-    state = read_json(progress_file) or fresh
+    threshold = threshold_of(source)
     while True:
-        job = Job(spec, separator, dtype.str, state['threshold'], source.text_key)
-        shards = {split: Shards(folder, split, dtype.itemsize, shard_tokens, state['splits'][split]['tokens']) for split in SPLITS}
-        state = encode_rest(folder, source, job, state, shards, max_tokens, workers)
-        if all(state['splits'][split]['tokens'] for split in SPLITS):
+        made = Made(folder, dtype.itemsize, shard_tokens, max_tokens, threshold)
+        job = Job(spec, separator, dtype.str, made.state['threshold'], source.text_key)
+        encode_rest(source, job, made, workers)
+        if all(split['tokens'] for split in made.state['splits'].values()):
             break
         # so few documents that one split got none: once more, with a threshold that gives it the one nearest to it
-        smallest, largest = state['hashes'] or (0, 0)
-        os.remove(progress_file)
+        smallest, largest = made.state['hashes'] or (0, 0)
+        made.forget()
         if smallest == largest:
             raise UserError('the input holds fewer than two different documents, too few to split into training and validation text; '
                             'a single text is split if it is given as a text file')
-        state = {**fresh, 'threshold': min(max(state['threshold'], smallest + 1), largest)}
-    for split in SPLITS:
-        shards[split].close()
-    numbers = {name: {split: state['splits'][split][name] for split in SPLITS} for name in ('tokens', 'documents', 'bytes')}
+        threshold = min(max(threshold, smallest + 1), largest)
+    numbers = {name: {split: counts[name] for split, counts in made.state['splits'].items()} for name in ('tokens', 'documents', 'bytes')}
     return {'tokenizer': spec, 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name, **numbers}
 
 
-def encode_rest(folder, source, job, state, shards, max_tokens, workers):
-    """Encode what is left of a source and append it to the shards -> the state after it. The state on disk is never ahead of the shards."""
-    started, first_tokens, itemsize = time.perf_counter(), state['splits']['train']['tokens'], shards['train'].itemsize
-    done = state['position']['progress'] if state['position'] else 0
-    saved = started
-
-    def save():
-        for split in SPLITS:
-            shards[split].sync()
-        write_json(os.path.join(folder, 'progress.json'), state)
-
+def encode_rest(source, job, made, workers):
+    """Encode what is left of a source and add it to what has been made."""
+    started = saved = time.perf_counter()
+    tokens_before, done = made.train_tokens, made.progress
     if done:
         print(f'going on after {done / 1e6:,.1f} MB')
     n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     bar = tqdm(total=source.total, initial=done, unit='B', unit_scale=True, desc='encoding', delay=1)
-    with bar, Workers(job, n_workers) as crew:
-        units = source.units(state['position'])
-        if max_tokens and first_tokens >= max_tokens:
-            units = iter(())
-        try:
-            for unit, encoded in crew.map(units):
-                splits = {}
-                for split, part in encoded.items():
-                    before = state['splits'][split]
-                    room = max_tokens - before['tokens'] if max_tokens and split == 'train' else sys.maxsize
-                    n = min(len(part.ids) // itemsize, room)
-                    shards[split].append(part.ids[:n * itemsize])
-                    splits[split] = {'tokens': before['tokens'] + n, 'documents': before['documents'] + part.documents,
-                                     'bytes': before['bytes'] + part.text_bytes}
-                hashes = [*state['hashes'], *encoded['train'].hashes, *encoded['val'].hashes]
-                state = {**state, 'position': unit.position, 'splits': splits, 'hashes': [min(hashes), max(hashes)] if hashes else []}
-                tokens, now = splits['train']['tokens'], time.perf_counter()
-                if saved == started:
-                    check_disk(folder, source, state, itemsize, max_tokens)
+    try:
+        with bar, Workers(job, n_workers) as crew:
+            for unit, encoded in crew.map(() if made.is_full else source.units(made.state['position'])):
+                made.take(unit, encoded)
+                now = time.perf_counter()
+                if saved == started:  # the first in this process
+                    made.check_disk(source.total)
                 if now - saved > SAVE_SECONDS or saved == started:
-                    save()
+                    made.save()
                     saved = now
-                if max_tokens and tokens:
-                    bar.total = min(source.total or sys.maxsize, int(unit.position['progress'] * max_tokens / tokens))
-                bar.set_postfix_str(f'{(tokens - first_tokens) / (now - started) / 1e6:.2f}M tokens/s', refresh=False)
-                bar.update(unit.position['progress'] - bar.n)
-                if max_tokens and tokens >= max_tokens:
+                if made.max_tokens:
+                    bar.total = min(source.total or sys.maxsize, made.progress * made.max_tokens // max(1, made.train_tokens))
+                bar.set_postfix_str(f'{(made.train_tokens - tokens_before) / (now - started) / 1e6:.2f}M tokens/s', refresh=False)
+                bar.update(made.progress - bar.n)
+                if made.is_full:
                     break
-        except KeyboardInterrupt:
-            save()
-            print('\ninterrupted; the same command goes on from here', file=sys.stderr)
-            raise
-    save()
-    return state
+    except KeyboardInterrupt:
+        made.save()
+        print('\ninterrupted; the same command goes on from here', file=sys.stderr)
+        raise
+    made.save()
 
 
-def check_disk(folder, source, state, itemsize, max_tokens):
-    """Raise UserError if what is still to be written, going by what the text gave so far, does not fit on the disk."""
-    written = sum(split['tokens'] for split in state['splits'].values()) * itemsize
-    total = max_tokens * itemsize if max_tokens else (source.total or 0) * written / max(1, state['position']['progress'])
-    free = shutil.disk_usage(folder).free
-    if total - written > free:
-        raise UserError(f'{folder}: about {(total - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: make room, '
-                        'and run the same command again')
+class Made:
+    """What has been encoded so far: the shards, and in `state`, which progress.json keeps, how far they go."""
+
+    def __init__(self, folder, itemsize, shard_tokens, max_tokens, threshold):
+        """Where progress.json tells, or else at the start, with this threshold between the splits."""
+        self.folder, self.itemsize, self.max_tokens = folder, itemsize, max_tokens
+        self.path = os.path.join(folder, 'progress.json')
+        self.state = read_json(self.path) or {
+            'position': None, 'threshold': threshold, 'hashes': [],  # the smallest and the largest of the documents' hashes
+            'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS}}
+        self.shards = {split: Shards(folder, split, itemsize, shard_tokens, self.state['splits'][split]['tokens']) for split in SPLITS}
+
+    @property
+    def train_tokens(self):
+        return self.state['splits']['train']['tokens']
+
+    @property
+    def progress(self):
+        """Bytes of the source that are done."""
+        return self.state['position']['progress'] if self.state['position'] else 0
+
+    @property
+    def is_full(self):
+        """Are there as many train tokens as were asked for?"""
+        return 0 < self.max_tokens <= self.train_tokens
+
+    def take(self, unit, encoded):
+        """Add what became of a unit. The state changes last, and at once: it never counts more than the shards hold."""
+        splits, hashes = {}, list(self.state['hashes'])
+        for split, part in encoded.items():
+            counts = self.state['splits'][split]
+            self.shards[split].append(part.ids)
+            splits[split] = {'tokens': counts['tokens'] + len(part.ids) // self.itemsize, 'documents': counts['documents'] + part.documents,
+                             'bytes': counts['bytes'] + part.text_bytes}
+            hashes += part.hashes
+        self.state = {**self.state, 'position': unit.position, 'splits': splits, 'hashes': [min(hashes), max(hashes)] if hashes else []}
+
+    def save(self):
+        """Have the shards on the disk, then the state."""
+        for shards in self.shards.values():
+            shards.sync()
+        write_json(self.path, self.state)
+
+    def forget(self):
+        """Be at the start again."""
+        os.remove(self.path)
+
+    def check_disk(self, total):
+        """Raise UserError if what is still to be written, going by what the text gave so far, does not fit on the disk. total: bytes of
+        the whole source, None if nobody knows."""
+        written = sum(split['tokens'] for split in self.state['splits'].values()) * self.itemsize
+        whole = (total or 0) * written / max(1, self.progress)
+        if self.max_tokens:
+            whole = min(whole, self.max_tokens * self.itemsize) if total else self.max_tokens * self.itemsize
+        free = shutil.disk_usage(self.folder).free
+        if whole - written > free:
+            raise UserError(f'{self.folder}: about {(whole - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: '
+                            'make room, and run the same command again')
 
 
 class Workers:
@@ -293,7 +326,7 @@ class Shards:
 
 
 def publish(folder, out_dir, meta, shard_tokens):
-    """Move a finished preparation up to where training looks for it, in place of what was there. It can be interrupted and repeated."""
+    """Move a finished preparation up to where training looks for it. It can be interrupted and repeated."""
     write_json(os.path.join(out_dir, 'meta.json'), meta)
     for split, tokens in meta['tokens'].items():
         n_shards = -(-tokens // shard_tokens) if shard_tokens else 1
@@ -302,36 +335,31 @@ def publish(folder, out_dir, meta, shard_tokens):
             prepared = os.path.join(folder, f'{split}_{n:03d}.bin')
             if os.path.exists(prepared):
                 os.replace(prepared, os.path.join(out_dir, name))
-        for name in os.listdir(out_dir):
-            if re.fullmatch(rf'{split}(_\d+)?\.bin', name) and name not in names:
-                os.remove(os.path.join(out_dir, name))
+    os.remove(os.path.join(folder, 'setup.json'))  # without it, the rest is nothing to go on from
     shutil.rmtree(folder)
 
 
 @contextmanager
 def locked(folder):
     """Hold a folder for as long as the context, or the process, lasts. UserError if another preparation holds it."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows, where it is up to the user
+    with open(os.path.join(folder, 'lock'), 'w') as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f'{folder} is being worked on by another process: wait for it, or end it') from error
+        except (ImportError, OSError):
+            pass  # Windows, and some network disks, have no such locks
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f'{folder} is being worked on by another process: wait for it, or end it') from error
-    finally:
-        os.close(handle)
 
 
 def read_json(path):
     """The content of a JSON file of ours, None if there is none."""
     if not os.path.exists(path):
         return None
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+    with user_errors(OSError, ValueError, where=f'{path} is damaged, delete {os.path.dirname(path)} to start anew: '):
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
 
 
 def write_json(path, content):
@@ -342,3 +370,7 @@ def write_json(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + '.part', path)
+    if os.name == 'posix':  # a rename, and a new file beside it, are durable once their folder is flushed
+        handle = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

@@ -7,19 +7,21 @@ import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import NamedTuple
 
-from configurator import UserError, one_line, user_errors
+from configurator import UserError, leave_at_once, one_line, user_errors
 from tokenizer import replace_surrogates
 
-UNIT = 2**20  # characters or bytes in a unit, about; the longest document must fit into memory, but only JSON lines and parquet have such
+UNIT = 2**20  # characters or bytes in a unit, about
 ROWS = 256  # of a table, read at once
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -56,12 +58,12 @@ def pieces_of(unit, text_key):
         offset += len(line)
 
 
-def grouped(pieces, where):
-    """(piece, position) … -> Units of about UNIT characters."""
+def grouped(parts, where):
+    """(pieces, position) … -> Units of about UNIT characters; pieces that come together stay together."""
     unit, size = Unit({}, where), 0
-    for piece, unit.position in pieces:
-        unit.pieces.append(piece)
-        size += len(piece.text)
+    for pieces, unit.position in parts:
+        unit.pieces += pieces
+        size += sum(len(piece.text) for piece in pieces)
         if size >= UNIT:
             yield unit
             unit, size = Unit({}, where), 0
@@ -72,10 +74,14 @@ def grouped(pieces, where):
 def cut_in_two(text, ends, offset, cut):
     """The pieces of a text at this offset in all the text, which is for training before the cut, for validation from it on."""
     k = min(max(cut - offset, 0), len(text))
-    if k:
-        yield Piece(text[:k], ends and k == len(text), 'train')
-    if k < len(text):
-        yield Piece(text[k:], ends, 'val')
+    pieces = [Piece(text[:k], ends and k == len(text), 'train'), Piece(text[k:], ends, 'val')]
+    return [piece for piece in pieces if piece.text]
+
+
+def check_fraction(val_fraction):
+    """Raise UserError unless it is a share."""
+    if not 0 < val_fraction < 1:
+        raise UserError(f'--val_fraction={val_fraction}: must be between 0 and 1')
 
 
 def val_begins(characters, val_fraction):
@@ -91,26 +97,23 @@ class Documents:
     text_key, parts = '', 1
 
     def __init__(self, texts, val_fraction):
-        self.texts, self.single = texts, len(texts) == 1
-        self.total = sum(map(len, texts))
+        check_fraction(val_fraction)
+        self.texts, self.single, self.val_fraction = texts, len(texts) == 1, val_fraction
+        self.before = [0, *itertools.accumulate(map(len, texts))]  # characters before each
+        self.total = self.before[-1]
         self.cut = val_begins(self.total, val_fraction)
-        self.fingerprint = [hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest(), val_fraction]
+        self.fingerprint = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()
 
     def units(self, position=None, part=None):
         """Yield the Units from a position on, by default from the start."""
-        return grouped(self.pieces(position or {'document': 0, 'progress': 0}), 'the text')
-
-    def pieces(self, position):
-        offset = position['progress']
-        for n, text in enumerate(self.texts[position['document']:], position['document']):
-            for piece in cut_in_two(text, True, offset, self.cut):
-                yield piece, {'document': n + (piece.split == 'val' or piece.ends), 'progress': offset + len(text)}
-            offset += len(text)
+        first = position['document'] if position else 0
+        return grouped(((cut_in_two(self.texts[n], True, self.before[n], self.cut), {'document': n + 1, 'progress': self.before[n + 1]})
+                        for n in range(first, len(self.texts))), 'the text')
 
 
 class Files:
     """A file, or those below a folder in the order of their names: JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), tables (.parquet), and
-    for the rest whole texts, UTF-8. Hidden files, and in a folder files that are not text, are passed over.
+    whole texts, UTF-8: .txt files, or, if a folder has none of the kinds before, all that are text. Hidden files are passed over.
 
     Documents go to training or validation one by one, by a hash of their text, or of a text file's name. Fewer text files than
     1 / val_fraction are one row of text, whose end is for validation.
@@ -118,41 +121,39 @@ class Files:
 
     def __init__(self, path, val_fraction, text_key='text'):
         """UserError if there is no text in path, or it cannot be read."""
-        self.text_key = text_key
-        paths, passed = [path], 0
-        if os.path.isdir(path):
-            paths = []
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(name for name in folders if not name.startswith('.'))
-                paths += [os.path.join(folder, name) for name in sorted(names) if not name.startswith('.')]
-        self.files, self.starts, characters = [], [], 0  # (path, kind); of the text files, characters before them
-        for file in paths:
-            kind = next((kind for kind in ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet') if file.endswith(kind)), '')
+        check_fraction(val_fraction)
+        self.root, self.val_fraction, self.text_key = path, val_fraction, text_key
+        paths, passed = list(walk(path)), 0
+        kinds = [next((kind for kind in ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet') if file.endswith(kind)), '') for file in paths]
+        texts_only = not any(kinds)
+        self.files, self.starts, self.sizes, characters = [], [], [], 0  # (path, kind); of the text files, characters before them; bytes
+        self.fingerprint = []
+        for file, kind in zip(paths, kinds):
             try:
+                if not kind and not texts_only and not file.endswith('.txt'):
+                    raise NotText(f'{file} is none of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet')
                 n = 1 if kind else count_characters(file)
-            except UserError:
+            except NotText:
                 if file == path:
                     raise
                 passed += 1
                 continue
+            with user_errors(OSError, where=f'cannot read {file}: '):
+                stat = os.stat(file)
             if n:
                 self.files.append((file, kind))
                 self.starts.append(characters)
+                self.sizes.append(parquet_text_bytes(file, text_key) if kind == '.parquet' else stat.st_size)
+                self.fingerprint.append([self.name(file), stat.st_size, stat.st_mtime_ns])
                 characters += n
         if passed:
-            print(f'passed over {passed} files that are not UTF-8 text')
+            print(f'passed over {passed} files that are {"not UTF-8 text" if texts_only else "neither .txt nor tables"}')
         if not self.files:
             raise UserError(f'there is no text in {path}')
-        texts_only = not any(kind for _, kind in self.files)
         self.parts, self.single = len(self.files), texts_only and len(self.files) == 1
         self.cut = val_begins(characters, val_fraction) if texts_only and len(self.files) * val_fraction < 1 else None
-        with user_errors(OSError, where='cannot read the input: '):
-            stats = [os.stat(file) for file, _ in self.files]
-        self.sizes = [parquet_text_bytes(file, text_key) if kind == '.parquet' else stat.st_size
-                      for (file, kind), stat in zip(self.files, stats)]
-        self.total = sum(self.sizes)
-        self.root = path
-        self.fingerprint = [[self.name(file), stat.st_size, stat.st_mtime_ns] for (file, _), stat in zip(self.files, stats)]
+        self.before = [0, *itertools.accumulate(self.sizes)]  # bytes before each file
+        self.total = self.before[-1]
 
     def name(self, file):
         """What a file is called in the data set's own terms: its path below the folder."""
@@ -168,128 +169,186 @@ class Files:
                 last = next((i for i in range(n, end) if self.files[i][1]), end)
                 yield from grouped(self.text_pieces(position, last), self.files[n][0])
             else:
-                read, last = self.table_units if self.files[n][1] == '.parquet' else self.line_units, n + 1
-                yield from read(n, position)
-            position = {'file': last, 'at': 0, 'progress': sum(self.sizes[:last])}
+                last = n + 1
+                yield from (self.table_units if self.files[n][1] == '.parquet' else self.line_units)(n, position['at'])
+            position = {'file': last, 'at': 0}
 
     def text_pieces(self, position, end):
-        """Text files from a position on, long ones in pieces that are cut where no tokenizer joins what is before and behind."""
+        """Text files from a position on, long ones in pieces that are cut where no tokenizer joins what is before and behind. Where
+        they are cut depends on what is before, not on where reading began."""
         for n in range(position['file'], end):
             path, at = self.files[n][0], position['at'] if n == position['file'] else 0
             with reading(path), open(path, 'rb') as raw, io.TextIOWrapper(raw, encoding='utf-8-sig') as file:
-                for start in range(0, at, UNIT):
-                    file.read(min(UNIT, at - start))
+                skip(file, at)
                 text = file.read(UNIT)
                 while text:
-                    following = file.read(1)  # is this the end?
+                    following = file.read(1)
                     k = safe_cut(text) if following else len(text)
-                    progress = sum(self.sizes[:n]) + raw.tell()
-                    for piece in self.split(n, text[:k], at, not following):
-                        yield piece, ({'file': n, 'at': at + len(piece.text), 'progress': progress} if following or not piece.ends
-                                      else {'file': n + 1, 'at': 0, 'progress': progress})
-                        at += len(piece.text)
+                    ends, part = not following, text[:k]
+                    pieces = (cut_in_two(part, ends, self.starts[n] + at, self.cut) if self.cut is not None
+                              else [Piece(part, ends, key=self.name(path))])
+                    at += k
+                    yield pieces, {'file': n + ends, 'at': 0 if ends else at, 'progress': self.before[n] + raw.tell()}
                     text = text[k:] + following
                     text += file.read(UNIT - len(text))
 
-    def split(self, n, text, at, ends):
-        """The pieces of a text from file n, `at` characters into it."""
-        if self.cut is not None:
-            return cut_in_two(text, ends, self.starts[n] + at, self.cut)
-        return [Piece(text, ends, key=self.name(self.files[n][0]))]
-
-    def line_units(self, n, position):
-        """JSON lines, as they are: parsing them is for the workers."""
-        (path, kind), at, before = self.files[n], position['at'], sum(self.sizes[:n])
+    def line_units(self, n, at):
+        """JSON lines from a byte on, as they are: parsing them is for the workers."""
+        path, kind = self.files[n]
         with reading(path), open(path, 'rb') as raw:
-            file = raw
-            if kind == '.jsonl.gz':
-                file = gzip.GzipFile(fileobj=raw)
-            elif kind == '.jsonl.zst':
-                try:
-                    import zstandard
-                except ImportError as error:
-                    raise UserError(f'{path} needs the package zstandard: pip install zstandard') from error
-                file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-            if file is raw:
+            if kind == '.jsonl':
+                file = raw
                 file.seek(at)
             else:  # there is no way to the place but through what is before it
-                for start in range(0, at, UNIT):
-                    file.read(min(UNIT, at - start))
+                file = gzip.GzipFile(fileobj=raw) if kind == '.jsonl.gz' else io.BufferedReader(ZstandardFile(raw))
+                skip(file, at)
             while lines := file.read(UNIT) + file.readline():
-                where, at = f'{path}, byte {at}', at + len(lines)
-                lines = lines.removeprefix(b'\xef\xbb\xbf') if at == len(lines) else lines
-                yield Unit({'file': n, 'at': at, 'progress': before + raw.tell()}, where, lines=lines)
+                where, first = f'{path}, byte {at}', at == 0
+                at += len(lines)
+                yield Unit({'file': n, 'at': at, 'progress': self.before[n] + raw.tell()}, where,
+                           lines=lines.removeprefix(b'\xef\xbb\xbf') if first else lines)
 
-    def table_units(self, n, position):
-        """The rows of a parquet file, through the same library that streams from the hub."""
-        path = self.files[n][0]
-        rows = load_rows(path, 'parquet', data_files=[path], columns=[self.text_key])
-        return row_units(rows, self.text_key, path, {**position, 'file': n})
+    def table_units(self, n, at):
+        """The rows of a parquet file from a row on; no more than a page of each column is in memory."""
+        path, row, size = self.files[n][0], 0, 0
+        unit = Unit({}, path)
+        with reading(path), open_parquet(path) as table:
+            groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+            first = next((i for i, end in enumerate(itertools.accumulate(groups)) if end > at), len(groups))
+            row = sum(groups[:first])
+            for batch in table.iter_batches(ROWS, row_groups=list(range(first, len(groups))), columns=[self.text_key], use_threads=False):
+                texts = batch.column(0).to_pylist()[max(0, at - row):]
+                row += len(batch)
+                if row <= at:
+                    continue
+                pieces, n_bytes = row_pieces(texts, path, self.text_key)
+                unit.pieces += pieces
+                size += n_bytes
+                if size >= UNIT or row == table.metadata.num_rows:
+                    unit.position = {'file': n, 'at': row, 'progress': self.before[n] + self.sizes[n] * row // table.metadata.num_rows}
+                    yield unit
+                    unit, size = Unit({}, path), 0
 
 
 class Hub:
-    """A data set of the Hugging Face hub, streamed: nothing is kept on disk, and no code of its authors is run."""
-    parts, single = 1, False
+    """A data set of the Hugging Face hub, streamed: nothing is kept on disk, and no code of its authors is run. Documents go to training or
+    validation one by one, by a hash of their text."""
+    parts, single, cut = 1, False, None
 
-    def __init__(self, name, config=None, revision=None, text_key='text', total=None):
+    def __init__(self, name, val_fraction, config=None, revision=None, text_key='text', total=None):
         """total: bytes of text in it, about, to tell the time left by and to check the disk."""
-        self.name, self.config, self.revision, self.text_key, self.total = name, config, revision, text_key, total
+        check_fraction(val_fraction)
+        self.name, self.val_fraction, self.config, self.revision = name, val_fraction, config, revision
+        self.text_key, self.total = text_key, total
         self.fingerprint = [name, config, revision]
 
     def units(self, position=None, part=None):
-        """Yield the Units from a position on, by default from the start."""
+        """Yield the Units from a position on, by default from the start. The position holds the commit, so that what is uploaded in
+        the meantime does not get in between."""
         print(f'streaming {self.name} from the Hugging Face hub ...', flush=True)
-        rows = load_rows(self.name, self.name, name=self.config, revision=self.revision, columns=[self.text_key])
-        return row_units(rows, self.text_key, self.name, position or {'progress': 0})
+        with self.reaching():
+            import datasets
+            leave_at_once()  # a stream that was not read to its end keeps threads
+            from huggingface_hub import HfApi
+            datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # one line in the end, not one a retry
+            getLogger('huggingface_hub').setLevel('CRITICAL')
+            datasets.utils.logging.disable_progress_bar()
+            local = os.path.isdir(self.name)  # which the library takes first
+            position = position or {'revision': None if local else HfApi().dataset_info(self.name, revision=self.revision).sha,
+                                    'row': 0, 'progress': 0}
+            rows = datasets.load_dataset(self.name, self.config, revision=position['revision'], split='train', streaming=True,
+                                         columns=[self.text_key])
+            if 'state' in position:
+                rows.load_state_dict(position['state'])
+        row, progress, batches = position['row'], position['progress'], rows.iter(batch_size=ROWS)
+        unit, size = Unit({}, self.name), 0
+        while True:
+            with self.reaching(f', after row {row}'):
+                batch = next(batches, None)
+            if batch:
+                pieces, n_bytes = row_pieces(batch[self.text_key], self.name, self.text_key)
+                unit.pieces += pieces
+                row, size = row + len(batch[self.text_key]), size + n_bytes
+            if unit.pieces and (size >= UNIT or not batch):
+                progress += size
+                unit.position = {'revision': position['revision'], 'row': row, 'progress': progress, 'state': rows.state_dict()}
+                yield unit
+                unit, size = Unit({}, self.name), 0
+            if not batch:
+                return
 
-
-def load_rows(where, *arguments, **keywords):
-    """load_dataset(…) of Hugging Face's datasets as a stream of rows. UserError if it cannot be had."""
-    try:
-        from datasets import load_dataset
-        from datasets.utils.logging import disable_progress_bar, set_verbosity_error
-    except ImportError as error:
-        raise UserError(f'{where} needs the package datasets: pip install datasets') from error
-    set_verbosity_error()
-    disable_progress_bar()
-    getLogger('huggingface_hub').setLevel('CRITICAL')  # one line in the end, not one a retry
-    try:
-        return load_dataset(*arguments, split='train', streaming=True, **keywords)
-    except Exception as error:  # hub, network, parquet: each library in between has errors of its own
-        hint = 'check the file' if os.path.exists(where) else 'is the network reachable? --input= takes local files'
-        raise UserError(f'cannot load {where} ({hint}): {one_line(str(error), 150)}') from error
-
-
-def row_units(rows, text_key, where, position):
-    """Units of an IterableDataset's texts from a position on."""
-    progress, row = position['progress'], 0
-    if 'state' in position:
-        rows.load_state_dict(position['state'])
-        row = position['row']
-    batches = rows.iter(batch_size=ROWS)
-    unit, size = Unit({}, ''), 0
-    while True:
+    @contextmanager
+    def reaching(self, where=''):
+        """A context in which what goes wrong between here and the hub is one line."""
         try:
-            texts = next(batches)[text_key]
-        except StopIteration:
-            break
-        except Exception as error:  # as above, and in the middle of it
-            raise UserError(f'{where}, after row {row}: {type(error).__name__}: {one_line(str(error), 150)}; '
-                            'the same command goes on from there, --text_key= names the column') from error
-        for text in texts:
-            if not isinstance(text, (str, type(None))):
-                raise UserError(f'{where}: its column {text_key!r} holds {type(text).__name__}, not text; --text_key= names another')
-        unit.pieces += [Piece(replace_surrogates(text)) for text in texts if text]
-        row += len(texts)
-        size += sum(len(text or '') for text in texts)
-        if size >= UNIT:
-            progress += size
-            unit.position = {**position, 'state': rows.state_dict(), 'row': row, 'progress': progress}
-            yield unit
-            unit, size = Unit({}, ''), 0
-    if unit.pieces:
-        unit.position = {**position, 'state': rows.state_dict(), 'row': row, 'progress': progress + size}
-        yield unit
+            yield
+        except ImportError as error:
+            raise UserError(f'{self.name} needs the package datasets: pip install datasets') from error
+        except Exception as error:  # hub, network, parquet: each library in between has errors of its own
+            raise UserError(f'cannot load {self.name}{where} (is the network reachable? the same command goes on from here; --input= takes '
+                            f'local files): {type(error).__name__}: {one_line(str(error), 120)}') from error
+
+
+def row_pieces(texts, where, text_key):
+    """Texts of a table -> their pieces, and how many bytes they are. UserError if they are none."""
+    wrong = next((text for text in texts if not isinstance(text, (str, type(None)))), None)
+    if wrong is not None:
+        raise UserError(f'{where}: its column {text_key!r} holds {type(wrong).__name__}, not text; --text_key= names another')
+    pieces = [Piece(replace_surrogates(text)) for text in texts if text]
+    return pieces, sum(len(piece.text.encode()) for piece in pieces)
+
+
+class NotText(UserError):
+    """A file that holds something else."""
+
+
+def walk(path):
+    """Yield the file, or the files below the folder, in the order of their names, without hidden ones."""
+    if not os.path.isdir(path):
+        yield path
+        return
+
+    def fail(error):
+        raise UserError(f'cannot read {error.filename}: {error.strerror}')
+
+    for folder, folders, names in os.walk(path, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith('.'))
+
+
+def skip(file, n):
+    """Read n characters or bytes of a file, and forget them."""
+    for start in range(0, n, UNIT):
+        file.read(min(UNIT, n - start))
+
+
+class ZstandardFile(io.RawIOBase):
+    """What a .zst file holds, frame after frame. Unlike the library's own reader, it tells a file that was cut short from a whole one."""
+
+    def __init__(self, raw):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(f'{raw.name} needs the package zstandard: pip install zstandard') from error
+        self.raw, self.new = raw, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self.frame, self.content = None, b''
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.content:
+            compressed = (self.frame.unused_data if self.frame and self.frame.eof else b'') or self.raw.read(2**17)
+            if not compressed:
+                if self.frame and not self.frame.eof:
+                    raise EOFError('it ends within a frame')
+                return 0
+            if not self.frame or self.frame.eof:
+                self.frame = self.new()
+            self.content = self.frame.decompress(compressed)
+        n = min(len(buffer), len(self.content))
+        buffer[:n], self.content = self.content[:n], self.content[n:]
+        return n
 
 
 class reading:
@@ -302,7 +361,7 @@ class reading:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, EOFError, UnicodeDecodeError, zlib.error)) or type(error).__name__ == 'ZstdError':
+        if isinstance(error, (OSError, EOFError, UnicodeDecodeError, zlib.error)) or type(error).__name__ in ('ZstdError', 'ArrowInvalid'):
             raise UserError(f'cannot read {self.path}: {one_line(str(error), 150)}; it may have been cut short, or have changed') from error
 
 
@@ -315,9 +374,9 @@ def count_characters(path):
             while text := file.read(UNIT):
                 n += len(text)
                 if '\0' in text:
-                    raise UserError(f'{path} holds zero bytes, so it is not text')
+                    raise NotText(f'{path} holds zero bytes, so it is not text')
         except UnicodeDecodeError as error:
-            raise UserError(f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance') from error
+            raise NotText(f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance') from error
     return n
 
 
@@ -346,19 +405,24 @@ def safe_cut(text):
     return match.end() if match else len(text)
 
 
-def parquet_text_bytes(path, text_key):
-    """Bytes of the text column of a parquet file, from its footer. UserError if it has none, or the file cannot be read."""
+def open_parquet(path):
+    """A parquet file, read without what pyarrow would keep ahead. UserError if the package is missing, or it is none."""
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f'{path} needs the package datasets: pip install datasets') from error
+        raise UserError(f'{path} needs the package pyarrow: pip install datasets') from error
     with user_errors(OSError, ValueError, where=f'cannot read {path}: '):
-        metadata = pyarrow.parquet.read_metadata(path)
-    columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    if text_key not in columns:
-        raise UserError(f'{path} has no column {text_key!r}: --text_key= may be one of {one_line(", ".join(columns), 200)}')
-    column = columns.index(text_key)
-    return sum(metadata.row_group(i).column(column).total_uncompressed_size for i in range(metadata.num_row_groups))
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
+def parquet_text_bytes(path, text_key):
+    """Bytes of the text column of a parquet file, about, from its footer. UserError if it has none, or the file cannot be read."""
+    with open_parquet(path) as table:
+        columns = [table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)]
+        if text_key not in columns:
+            raise UserError(f'{path} has no column {text_key!r}: --text_key= may be one of {one_line(", ".join(columns), 200)}')
+        column = columns.index(text_key)
+        return sum(table.metadata.row_group(i).column(column).total_uncompressed_size for i in range(table.num_row_groups))
 
 
 def download(url, path, sha256, tries=3, timeout=10):

@@ -17,7 +17,7 @@ if __name__ == '__main__':
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, user_errors
 from data.sources import pieces_of
 from tokenizer import load_tokenizer
 
@@ -56,6 +56,7 @@ def split_of(piece, threshold):
 
 def encode(job, tokenizer, unit):
     """A unit's documents as ids -> {'train': Encoded, 'val': Encoded}."""
+    separator = np.array(job.separator, dtype=np.int32)
     rows, encoded = {'train': [], 'val': []}, {'train': Encoded(), 'val': Encoded()}
     for piece in pieces_of(unit, job.text_key):
         if not piece.text:
@@ -63,13 +64,13 @@ def encode(job, tokenizer, unit):
         split, number = split_of(piece, job.threshold)
         rows[split].append(tokenizer.encode(piece.text))
         if piece.ends:
-            rows[split].append(job.separator)
+            rows[split].append(separator)
         encoded[split].documents += piece.ends
         encoded[split].text_bytes += len(piece.text.encode('utf-8', 'surrogatepass'))
         if number is not None:
             encoded[split].hashes.append(number)
     for split, part in encoded.items():
-        part.ids = np.concatenate([[], *rows[split]]).astype(job.dtype).tobytes()
+        part.ids = np.concatenate([np.array([], dtype=np.int32), *rows[split]]).astype(job.dtype).tobytes()
         part.hashes = [min(part.hashes), max(part.hashes)] if part.hashes else []
     return encoded
 
@@ -78,8 +79,9 @@ class Worker:
     """A worker process, seen from the pipeline."""
 
     def __init__(self, job):
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.send(job)
+        self.job = job  # sent with the first unit
+        with user_errors(OSError, where='cannot start a worker process: '):
+            self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def send(self, content):
         pickle.dump(content, self.process.stdin, pickle.HIGHEST_PROTOCOL)
@@ -88,6 +90,9 @@ class Worker:
     def encode(self, unit):
         """encode(job, tokenizer, unit), over there. UserError if it raised one, or the process has died."""
         try:
+            if self.job:
+                self.send(self.job)
+                self.job = None
             self.send(unit)
             result = pickle.load(self.process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -117,11 +122,11 @@ def work():
             except UserError as error:
                 result = error
             except ValueError as error:  # a character that is not in the vocabulary
-                result = UserError(f'{unit.where}: {error}; has it changed since the vocabulary was made?')
+                result = UserError(f'{unit.where}: {error}; the text has changed since the vocabulary was made')
             pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
             results.flush()
-    except (EOFError, BrokenPipeError):
-        os._exit(0)  # the parent has ended
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        os._exit(0)  # the parent has ended, maybe in the middle of a message
 
 
 if __name__ == '__main__':

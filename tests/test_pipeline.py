@@ -98,7 +98,7 @@ def decoded(folder, split):
 def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sources, 'UNIT', 500)
     monkeypatch.setattr(sources, 'ROWS', 16)
-    documents = make_documents(600)
+    documents = make_documents(200)
     source = Files(str(write_input(tmp_path / 'in', kind, documents)), 0.1)
     units = list(source.units())
     texts = [[piece for piece in pieces_of(unit, 'text')] for unit in units]
@@ -107,10 +107,40 @@ def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
     assert joined == ''.join(text + '\0' for text in documents)
     progress = [unit.position['progress'] for unit in units]
     assert progress == sorted(progress) and 0.5 < progress[-1] / source.total < 1.5
-    for n in (0, 1, len(units) // 2, len(units) - 2):
+    for n in range(len(units) - 1):
         position = json.loads(json.dumps(units[n].position))
         again = [list(pieces_of(unit, 'text')) for unit in Files(str(tmp_path / 'in'), 0.1).units(position)]
         assert sum(again, []) == sum(texts[n + 1:], [])
+
+
+@pytest.mark.parametrize('before', [0, 300, 700, 1100])
+def test_reading_a_text_goes_on_from_any_unit(tmp_path, monkeypatch, before):
+    """Without spaces, where it has to be cut anyhow: the cuts too are where they were, around the beginning of validation as well."""
+    monkeypatch.setattr(sources, 'UNIT', 200)
+    text = 'some words ' * (before // 11) + 'ä' * 1500 + '\r\nand\r\n' * 40
+    (tmp_path / 'book.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    units = list(Files(str(tmp_path / 'book.txt'), 0.4).units())
+    assert ''.join(piece.text for unit in units for piece in unit.pieces) == text.replace('\r\n', '\n')
+    for n in range(len(units) - 1):
+        again = list(Files(str(tmp_path / 'book.txt'), 0.4).units(units[n].position))
+        assert [unit.pieces for unit in again] == [unit.pieces for unit in units[n + 1:]]
+
+
+@pytest.mark.parametrize('kind', ['jsonl.gz', 'jsonl.zst'])
+def test_a_file_that_was_cut_short_is_not_taken_for_whole(tmp_path, kind):
+    """Cut at its end, in its middle, and a few bytes into its second frame, if it has one."""
+    path = write_input(tmp_path / 'in', kind, make_documents(5000)) / f'a.{kind}'
+    whole = path.read_bytes()
+
+    def count():
+        return sum(1 for unit in Files(str(path), 0.1).units() for _ in pieces_of(unit, 'text'))
+
+    assert count() == 5000
+    second = whole.rfind(whole[:4])
+    for n in (len(whole) - 1, len(whole) - 20, len(whole) // 3, 20, *([second + 20] if second else [])):
+        path.write_bytes(whole[:n])
+        with pytest.raises(UserError, match='cannot read .*cut short'):
+            count()
 
 
 def test_a_long_text_is_cut_where_no_token_is(monkeypatch, gpt2_vocabulary):
@@ -206,27 +236,41 @@ def data_folder(tmp_path):
 
 
 def test_killed_at_random_moments(data_folder):
-    """kill -9, through the command that a user types: no process stays behind, and the end is the same."""
-    path = write_input(data_folder / 'in', 'jsonl', make_documents(20000, words=100))
+    """kill -9, through the command that a user types, if with smaller units: each time it goes on from where it was, no process stays
+    behind, and the end is the same."""
+    path = write_input(data_folder / 'in', 'jsonl', make_documents(4000, words=100))
     made = data_folder / 'data' / 'text'
-    command = [sys.executable, 'data/text/prepare.py', f'--input={path}', '--tokenizer=byte', '--shard_tokens=400_000']
-    rng = random.Random(11)
-    for moment in [None, *(rng.uniform(0.2, 1.2) for _ in range(int(os.environ.get('SAMGPT_TEST_KILLS', 3)))), None]:
-        name = 'often' if (made / 'once').exists() else 'once'
-        process = subprocess.Popen([*command, f'--name={name}'], cwd=data_folder, env=environment(), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        if moment:
-            time.sleep(moment)
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() == (-signal.SIGKILL if moment and process.returncode else 0)
-    assert hashes(made / 'often') == hashes(made / 'once')
+    arguments = [f'--input={path}', '--tokenizer=bpe', '--vocab_size=500', '--shard_tokens=100_000', '--workers=2']
+    code = ("import runpy, sys; sys.path.insert(0, '.'); from data import pipeline, sources; "
+            "pipeline.SAVE_SECONDS, sources.UNIT = 0, 20000; "
+            "sys.argv[0] = 'data/text/prepare.py'; runpy.run_path(sys.argv[0], run_name='__main__')")
+    rng, kills = random.Random(11), int(os.environ.get('SAMGPT_TEST_KILLS', 3))
+
+    def start(name):
+        return subprocess.Popen([sys.executable, '-c', code, *arguments, f'--name={name}'], cwd=data_folder, env=environment(),
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    once = start('once')
+    assert once.communicate() and once.returncode == 0
+    progress = made / 'often' / 'preparing' / 'progress.json'
+    for kill in range(kills):
+        process = start('often')
+        done = (kill + rng.random()) / kills * os.path.getsize(path / 'a.jsonl') * 0.95
+        while not progress.exists() or json.loads(progress.read_text())['position']['progress'] < done:
+            assert process.poll() is None
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and ('going on after' in process.stdout.read()) == (kill > 0)
+    often = start('often')
+    assert 'going on after' in often.communicate()[0] and often.returncode == 0
+    assert hashes(made / 'often') == hashes(made / 'once') and len(hashes(made / 'once')) > 4
+    left = ''
     for _ in range(50 if shutil.which('pgrep') else 0):
         left = subprocess.run(['pgrep', '-f', str(data_folder / 'data')], capture_output=True, text=True).stdout
         if not left:
             break
         time.sleep(0.1)
-    else:
-        assert not shutil.which('pgrep'), f'still running: {left}'
+    assert not left
 
 
 def test_moving_up_can_be_interrupted(tmp_path, monkeypatch):
@@ -246,9 +290,38 @@ def test_moving_up_can_be_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.os, 'replace', replace)
     with pytest.raises(KeyboardInterrupt):
         write_dataset(str(tmp_path / 'data'), Files(paths[1], 0.1), 'byte', shard_tokens=3000)
+    meta = read_meta(str(tmp_path / 'data'))
     with pytest.raises(UserError, match='prepare the data again'):
-        Tokens(str(tmp_path / 'data'), 'train', read_meta(str(tmp_path / 'data')))
+        for split in ('train', 'val'):
+            Tokens(str(tmp_path / 'data'), split, meta)
     write_dataset(str(tmp_path / 'data'), Files(paths[1], 0.1), 'byte', shard_tokens=3000)
+    assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
+
+
+def test_nothing_of_an_earlier_preparation_is_left_when_the_new_one_moves_up(tmp_path, monkeypatch):
+    """Stopped before the first file has moved: the sizes are the same, but the old files are gone."""
+    for name, text in (('first', 'abc' * 200), ('second', 'xyz' * 200)):
+        (tmp_path / f'{name}.txt').write_text(text)
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'first.txt'), 0.1), 'char')
+    monkeypatch.setattr(pipeline, 'publish', lambda *arguments: exec('raise KeyboardInterrupt'))
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'second.txt'), 0.1), 'char')
+    monkeypatch.undo()
+    with pytest.raises(UserError, match='train.bin is missing'):
+        Tokens(str(tmp_path / 'data'), 'train', read_meta(str(tmp_path / 'data')))
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'second.txt'), 0.1), 'char')
+    meta = read_meta(str(tmp_path / 'data'))
+    assert load_tokenizer(meta['tokenizer']).decode(Tokens(str(tmp_path / 'data'), 'train', meta)[0:6].tolist()) == 'xyzxyz'
+
+
+@pytest.mark.parametrize('left', [[], ['progress.json'], ['meta.json', 'progress.json'], ['train_000.bin', 'lock']])
+def test_what_is_left_of_a_folder_half_deleted_is_no_obstacle(tmp_path, left):
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
+    (tmp_path / 'data/preparing').mkdir(parents=True)
+    for name in left:
+        (tmp_path / 'data/preparing' / name).write_text('{"position": {"progress": 7}}')
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+    write_dataset(str(tmp_path / 'expected'), Files(path, 0.1), 'byte')
     assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
 
 
@@ -266,7 +339,7 @@ def test_other_text_or_settings_start_anew(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('fraction', [0.001, 0.999])
 def test_few_documents_give_both_splits_something(tmp_path, fraction):
     documents = make_documents(7)
-    write_dataset(str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', documents)), fraction), 'byte', fraction)
+    write_dataset(str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', documents)), fraction), 'byte')
     train, val = decoded(tmp_path / 'data', 'train'), decoded(tmp_path / 'data', 'val')
     assert sorted(train + val) == sorted(documents) and min(len(train), len(val)) == 1
 
@@ -280,12 +353,19 @@ def test_max_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(500)))
     write_dataset(str(tmp_path / 'all'), Files(path, 0.1), 'byte')
-    with pytest.raises(KeyboardInterrupt):
-        write_dataset(str(tmp_path / 'part'), Interrupted(Files(path, 0.1), 5), 'byte', max_tokens=7001)
     write_dataset(str(tmp_path / 'part'), Files(path, 0.1), 'byte', max_tokens=7001)
-    assert (tmp_path / 'part/train.bin').read_bytes() == (tmp_path / 'all/train.bin').read_bytes()[:14002]
-    val = (tmp_path / 'part/val.bin').read_bytes()
-    assert 0 < len(val) < 4000 and (tmp_path / 'all/val.bin').read_bytes().startswith(val)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'often'), Interrupted(Files(path, 0.1), 12), 'byte', max_tokens=7001)
+    write_dataset(str(tmp_path / 'often'), Files(path, 0.1), 'byte', max_tokens=7001)
+    assert hashes(tmp_path / 'often') == hashes(tmp_path / 'part')
+    for split in ('train', 'val'):
+        part = (tmp_path / 'part' / f'{split}.bin').read_bytes()
+        assert part and (tmp_path / 'all' / f'{split}.bin').read_bytes().startswith(part)
+    tokens = read_meta(str(tmp_path / 'part'))['tokens']['train']
+    assert 7001 <= tokens < 8000 and len(decoded(tmp_path / 'part', 'train')) == read_meta(str(tmp_path / 'part'))['documents']['train']
+    (tmp_path / 'book.txt').write_text('a text ' * 99)
+    with pytest.raises(UserError, match='--max_tokens: takes the first of many documents'):
+        write_dataset(str(tmp_path / 'book'), Files(str(tmp_path / 'book.txt'), 0.1), 'byte', max_tokens=100)
 
 
 def test_a_full_disk_is_seen_before_it_is_full(tmp_path, monkeypatch):
@@ -317,9 +397,28 @@ def test_a_worker_that_dies_is_one_line():
         worker.encode(unit)
 
 
+def test_a_million_of_white_space(tmp_path, gpt2_vocabulary):
+    """More than tiktoken's pattern can match at once."""
+    text = 'a' + ' ' * 2**20 + 'b'
+    with pytest.raises(ValueError):
+        gpt2_vocabulary.bpe.encode_to_numpy(text, disallowed_special=())
+    assert gpt2_vocabulary.decode(gpt2_vocabulary.encode(text).tolist()) == text
+
+
+def test_large_row_groups_and_empty_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'UNIT', 3000)
+    documents = make_documents(1000)
+    (tmp_path / 'in[1]').mkdir()  # a name that a pattern would take for one
+    write_parquet(tmp_path / 'in[1]' / 'a.parquet', [], row_group_size=10)
+    write_parquet(tmp_path / 'in[1]' / 'b.parquet', documents, row_group_size=100000)
+    (tmp_path / 'in[1]' / 'README.md').write_text('not a document beside tables')
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'in[1]'), 0.1), 'byte')
+    assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == sorted(documents)
+
+
 def test_json_with_lone_surrogates_and_empty_texts(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n')
-    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.jsonl'), 0.5), 'byte', 0.5)
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.jsonl'), 0.5), 'byte')
     assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == ['a\0b', 'x\ufffdy', 'z😀']
 
 
@@ -351,20 +450,28 @@ def prepare(folder, name, *arguments, **extra):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**extra), timeout=120)
 
 
+@pytest.mark.parametrize('way', ['input', 'hub'])
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb'])
-def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, name):
+def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, name, way):
+    """From a local folder by --input=; and by the very lines that stream from the hub, for which a folder of the data set's name stands
+    in: the library takes it first. Both give the ids of tiktoken, document by document."""
     documents = make_documents(500, seed=9)
-    folder = data_folder / 'in' / 'sample' / '10BT'
+    hub = data_folder / ('Skylion007/openwebtext' if name == 'openwebtext' else 'HuggingFaceFW/fineweb-edu')
+    folder = hub / 'sample' / '10BT'
     folder.mkdir(parents=True)
+    card = {'configs': [{'config_name': 'sample-10BT', 'data_files': [{'split': 'train', 'path': 'sample/10BT/*'}]}]}
+    (hub / 'README.md').write_text(f'---\n{json.dumps(card)}\n---\n')
     for n in range(2):
         write_parquet(folder / f'00{n}_00000.parquet', documents[250 * n:250 * n + 250])
-    result = prepare(data_folder, name, f'--input={data_folder / "in"}', '--val_fraction=0.05')
+    result = prepare(data_folder, name, '--val_fraction=0.05', *([f'--input={hub}'] if way == 'input' else []))
     assert result.returncode == 0, result.stderr
-    assert decoded(data_folder / 'data' / name, 'train') == [text for text in documents if document_hash(text) >= 0.05 * 2**64]
+    assert ('streaming' in result.stdout) == (way == 'hub')
     meta = read_meta(str(data_folder / 'data' / name))
-    naive = [i for text in documents if document_hash(text) >= 0.05 * 2**64 for i in [*gpt2_vocabulary.bpe.encode_ordinary(text), 50256]]
     assert meta['tokenizer'] == {'kind': 'gpt2'}
-    assert Tokens(str(data_folder / 'data' / name), 'train', meta)[0:meta['tokens']['train']].tolist() == naive
+    for split in ('train', 'val'):
+        chosen = [text for text in documents if (document_hash(text) < 0.05 * 2**64) == (split == 'val')]
+        naive = [i for text in chosen for i in [*gpt2_vocabulary.bpe.encode_ordinary(text), 50256]]
+        assert Tokens(str(data_folder / 'data' / name), split, meta)[0:meta['tokens'][split]].tolist() == naive
 
 
 @pytest.mark.parametrize('name, hub', [('openwebtext', 'Skylion007/openwebtext'), ('fineweb', 'HuggingFaceFW/fineweb-edu')])
@@ -372,7 +479,8 @@ def test_without_the_hub_there_is_one_line(data_folder, name, hub):
     pytest.importorskip('datasets')
     result = prepare(data_folder, name, '--tokenizer=byte', HF_HUB_OFFLINE='1')
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert f'error: cannot load {hub} (is the network reachable? --input= takes local files)' in result.stderr
+    assert f'error: cannot load {hub} (is the network reachable?' in result.stderr and '--input= takes local files' in result.stderr
+    assert not (data_folder / 'data' / name / 'preparing').exists()
 
 
 def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
@@ -383,12 +491,12 @@ def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
         write_parquet(tmp_path / 'hub' / f'00{n}_00000.parquet', documents[350 * n:350 * n + 350])
     monkeypatch.setattr(sources, 'UNIT', 3000)
     monkeypatch.setattr(sources, 'ROWS', 16)
-    source = sources.Hub(str(tmp_path / 'hub'))
+    source = sources.Hub(str(tmp_path / 'hub'), 0.1)
     write_dataset(str(tmp_path / 'once'), source, 'byte', workers=1)
     assert decoded(tmp_path / 'once', 'train') == [text for text in documents if document_hash(text) >= 0.1 * 2**64]
     for after in (3, 1, 100000):
         try:
-            write_dataset(str(tmp_path / 'often'), Interrupted(sources.Hub(str(tmp_path / 'hub')), after), 'byte')
+            write_dataset(str(tmp_path / 'often'), Interrupted(sources.Hub(str(tmp_path / 'hub'), 0.1), after), 'byte')
         except KeyboardInterrupt:
             assert (tmp_path / 'often/preparing/progress.json').exists()
     assert hashes(tmp_path / 'often') == hashes(tmp_path / 'once')

@@ -19,10 +19,10 @@ tokenizer = 'gpt2'  # 'gpt2': GPT-2's BPE; 'bpe': a BPE trained on this text; 'b
 vocab_size = 50304  # ids of a BPE trained here
 val_fraction = 0.001  # share of the documents kept for validation
 shard_tokens = 100_000_000  # ids in a file, 0: all in one
-max_tokens = 0  # stop after so many train tokens, 0: take all
+max_tokens = 0  # stop behind so many train tokens, or some more; 0: take all
 workers = 0  # processes, 0: one a core
 configure(globals())
 
 total = 47_000_000_000 if sample == 'sample-10BT' else None  # bytes of text, about
-source = Files(input, val_fraction) if input else Hub('HuggingFaceFW/fineweb-edu', sample, total=total)
-write_dataset(HERE, source, tokenizer, val_fraction, vocab_size, shard_tokens, max_tokens, workers)
+source = Files(input, val_fraction) if input else Hub('HuggingFaceFW/fineweb-edu', val_fraction, sample, total=total)
+write_dataset(HERE, source, tokenizer, vocab_size, shard_tokens, max_tokens, workers)

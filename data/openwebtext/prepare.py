@@ -18,10 +18,11 @@ tokenizer = 'gpt2'  # 'gpt2': GPT-2's BPE; 'bpe': a BPE trained on this text; 'b
 vocab_size = 50304  # ids of a BPE trained here
 val_fraction = 0.0005  # share of the documents kept for validation
 shard_tokens = 100_000_000  # ids in a file, 0: all in one
-max_tokens = 0  # stop after so many train tokens, 0: take all
+max_tokens = 0  # stop behind so many train tokens, or some more; 0: take all
 workers = 0  # processes, 0: one a core
 configure(globals())
 
 # the hub's own conversion to parquet: the data set itself is, or was, a script
-source = Files(input, val_fraction) if input else Hub('Skylion007/openwebtext', revision='refs/convert/parquet', total=39_770_000_000)
-write_dataset(HERE, source, tokenizer, val_fraction, vocab_size, shard_tokens, max_tokens, workers)
+hub = {'name': 'Skylion007/openwebtext', 'revision': 'refs/convert/parquet', 'total': 39_770_000_000}
+source = Files(input, val_fraction) if input else Hub(val_fraction=val_fraction, **hub)
+write_dataset(HERE, source, tokenizer, vocab_size, shard_tokens, max_tokens, workers)

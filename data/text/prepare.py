@@ -20,7 +20,7 @@ vocab_size = 4096  # ids of a BPE trained here
 val_fraction = 0.1  # share of the documents kept for validation; of few texts, share at the end
 text_key = 'text'  # field of a JSON line, or column of a table, that holds the text
 shard_tokens = 100_000_000  # ids in a file, 0: all in one
-max_tokens = 0  # stop after so many train tokens, 0: take all
+max_tokens = 0  # stop behind so many train tokens, or some more; 0: take all
 workers = 0  # processes, 0: one a core
 configure(globals())
 
@@ -32,6 +32,5 @@ if os.path.basename(name) != name or name.startswith('.'):
     raise UserError(f'--name={name}: must be a plain name, it becomes a folder in data/text')
 if os.path.exists(os.path.join(HERE, name, 'meta.json')):
     print(f'replacing the data set text/{name} that is there; another --name keeps both')
-write_dataset(os.path.join(HERE, name), Files(input, val_fraction, text_key), tokenizer, val_fraction, vocab_size, shard_tokens, max_tokens,
-              workers)
+write_dataset(os.path.join(HERE, name), Files(input, val_fraction, text_key), tokenizer, vocab_size, shard_tokens, max_tokens, workers)
 print(f'train on it with --dataset=text/{name}')
