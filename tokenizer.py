@@ -3,7 +3,6 @@ every checkpoint: {'kind': 'char', 'chars': 'abc…'}, {'kind': 'byte'}, {'kind'
 tokenizers library, {'kind': 'bpe', 'json': '…'} for one trained here and {'kind': 'tokenizers', 'json': '…'} for any other."""
 import functools
 import json
-import re
 
 import numpy as np
 
@@ -164,9 +163,6 @@ def byte_characters():
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
-LONG_RUN = re.compile(r'(\w{16})(?=\w)')  # what a BPE learns from is cut after so many letters, so that memory holds no whole sentences
-
-
 def train_bpe(texts, vocab_size):
     """Learn a byte-level BPE of vocab_size ids, of which 256 are the bytes and one is the end of text, from texts -> its spec.
 
@@ -182,7 +178,6 @@ def train_bpe(texts, vocab_size):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = (LONG_RUN.sub(r'\1\n', text) for text in texts)
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     if tokenizer.get_vocab_size() < vocab_size:

@@ -31,9 +31,9 @@ from tokenizer import CharTokenizer, load_gpt2, load_tokenizer, train_bpe
 
 SPLITS = ('train', 'val')
 SAVE_SECONDS = 2.0  # of work that a crash can cost
-BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from; its words are counted in memory,
-LONG_RUN_COST = 50  # and those of text without spaces are many, so each letter of such counts as so many characters
-LONG_RUN = re.compile(r'\w{24,}')
+BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from. Its different words are kept in memory, some 350 bytes a letter, and
+LONG_RUN_COST = 50  # text without spaces has nothing but different words: each letter in a long run takes as much of the sample as so many
+LONG_RUN = re.compile(r'\w{16,}')
 
 
 def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000, max_tokens=0, workers=0):
@@ -87,30 +87,38 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
 
 
 def make_tokenizer(kind, source, vocab_size):
-    """The spec of the tokenizer for a source; 'char' reads all of it, 'bpe' learns from training text only, BPE_SAMPLE characters of it,
-    from the beginning of each file."""
+    """The spec of the tokenizer for a source; 'char' reads all of it, 'bpe' learns from BPE_SAMPLE characters of the training text."""
     if kind == 'char':
         characters = set() if source.single else {'\n'}
         for piece in progress_over(source, source.units(), 'reading'):
             characters.update(piece.text)
         return CharTokenizer.train(characters).spec()
     if kind == 'bpe':
-        def sample():
-            for part in range(source.parts):
-                left = BPE_SAMPLE // source.parts
-                for unit in source.units(part=part):
-                    for piece in pieces_of(unit, source.text_key):
-                        if split_of(piece, threshold_of(source))[0] == 'train' and left > 0:
-                            text = piece.text[:left]
-                            yield text
-                            left -= len(text) + LONG_RUN_COST * sum(len(run) for run in LONG_RUN.findall(text))
-                    if left <= 0:
-                        break
         print(f'learning a vocabulary of {vocab_size:,} ...', flush=True)
-        return train_bpe(sample(), vocab_size)
+        return train_bpe(learning_texts(source), vocab_size)
     if kind == 'gpt2':
         load_gpt2()  # here, not in a worker, it is found out whether it can be had
     return {'kind': kind}
+
+
+def learning_texts(source):
+    """Yield texts to learn a BPE from: the beginning of the training text of each of the source's parts."""
+    for part in range(source.parts):
+        left = BPE_SAMPLE // source.parts
+        for text in train_texts(source, part):
+            if left <= 0:
+                break
+            yield text[:left]
+            left -= len(text) + LONG_RUN_COST * sum(len(run) for run in LONG_RUN.findall(text))
+
+
+def train_texts(source, part, length=10000):
+    """Yield the training text of a part of a source in pieces of so many characters."""
+    for unit in source.units(part=part):
+        for piece in pieces_of(unit, source.text_key):
+            if split_of(piece, threshold_of(source))[0] == 'train':
+                for start in range(0, len(piece.text), length):
+                    yield piece.text[start:start + length]
 
 
 def progress_over(source, units, what):
