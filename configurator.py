@@ -56,10 +56,11 @@ class Config(dict):
         self.given = frozenset(given)
 
 
-def configure(settings, argv=None):
+def configure(settings, argv=None, bare=None):
     """Apply config files and `--key=value` arguments to `settings` (a script's globals), in place.
 
-    argv: the arguments, sys.argv[1:] unless given. Returns a Config of every setting. Raises UserError for a missing or
+    argv: the arguments, sys.argv[1:] unless given. bare: the setting that an argument is for which is neither a .py file nor starts with
+    dashes. Returns a Config of every setting. Raises UserError for a missing or
     broken config file, an unknown key (naming the nearest known one) and a value of the wrong type.
     """
     sys.excepthook = report_uncaught
@@ -75,6 +76,8 @@ def configure(settings, argv=None):
         sys.exit(0)
     values, given = dict(defaults), set()
     for argument in argv:
+        if bare and not argument.startswith('-') and not argument.endswith('.py'):
+            argument = f'--{bare}={argument}'
         if argument.startswith('--'):
             assigned = parse_argument(argument, defaults, values)
         else:

@@ -70,6 +70,8 @@ class Tokens:
         self.paths = [self.name] if os.path.exists(self.name) else sorted(
             glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')), key=lambda path: (len(path), path))  # 1000 after 999
         if not self.paths:
+            if os.path.isdir(os.path.join(data_dir, 'preparing')):
+                raise UserError(f'{self.name} is missing: its preparation is not finished, the command that began it goes on with it')
             raise UserError(f'{self.name} is missing: run python {data_dir}/prepare.py')
         self.dtype = np.dtype(dtype).newbyteorder('<')
         self.ends = np.cumsum([shard_length(path, self.dtype) for path in self.paths]).tolist()  # of the shards, in the row

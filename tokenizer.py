@@ -181,7 +181,7 @@ def train_bpe(texts, vocab_size):
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError(f'--vocab_size={vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only')
+        raise UserError(f'--vocab_size={vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only, ask for no more')
     return {'kind': 'bpe', 'json': tokenizer.to_str()}
 
 

@@ -19,14 +19,13 @@ dataset = ''  # folder below data/; may be given without --dataset=
 windows = 3  # pieces of text to show of each split
 window_tokens = 64  # tokens in such a piece
 seed = 1337  # of which pieces
-sys.argv[1:] = [argument if argument.startswith('-') or argument.endswith('.py') else f'--dataset={argument}' for argument in sys.argv[1:]]
-config = configure(globals())
+config = configure(globals(), bare='dataset')
 
 require(config, lambda v: v >= 0, '0 or more', 'windows', 'seed')
 require(config, lambda v: v >= 1, 'at least 1', 'window_tokens')
 if not dataset:
     raise UserError('which data set? python data/describe.py NAME, a folder below data/')
-data_dir = os.path.join('data', dataset)
+data_dir = os.path.join('data', dataset.removeprefix('data/'))
 meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     spec = spec_from_meta(meta)

@@ -53,37 +53,48 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
         raise UserError(f"--tokenizer={kind}: must be 'char', 'byte', 'gpt2' or 'bpe'")
     vocab_size = vocab_size if kind == 'bpe' else 0
     settings = [source.fingerprint, source.text_key, kind, source.val_fraction, vocab_size, shard_tokens, max_tokens]
-    folder = os.path.join(out_dir, 'preparing')
-    setup = read_json(os.path.join(folder, 'setup.json'))
+    with writing(out_dir):
+        folder = os.path.join(out_dir, 'preparing')
+        os.makedirs(folder, exist_ok=True)
+        with locked(folder):
+            try:
+                meta = prepare(folder, source, kind, settings, workers)
+                check_shards(folder, out_dir, meta, shard_tokens)
+                if not os.path.exists(os.path.join(folder, 'meta.json')):
+                    for name in os.listdir(out_dir):  # from here on, training finds nothing until all is in place
+                        if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
+                            os.remove(os.path.join(out_dir, name))
+                    write_json(os.path.join(folder, 'meta.json'), meta)
+                publish(folder, out_dir, meta, shard_tokens)
+            except (UserError, KeyboardInterrupt) as error:
+                if not os.path.exists(os.path.join(folder, 'progress.json')):  # there is nothing to go on from
+                    shutil.rmtree(folder)
+                    with suppress(OSError):
+                        os.rmdir(out_dir)  # if it was made for this
+                    if isinstance(error, KeyboardInterrupt):
+                        print('\ninterrupted; nothing was encoded yet, the same command starts again', file=sys.stderr)
+                raise
+    print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
+          f'vocabulary of {meta["vocab_size"]:,}')
+
+
+def prepare(folder, source, kind, settings, workers):
+    """Encode a source into a folder, or what is left of it, if the folder was begun with the same settings -> the description."""
+    *_, vocab_size, shard_tokens, max_tokens = settings
+    setup = read_json(os.path.join(folder, 'setup.json'), {'settings': list, 'tokenizer': dict})
     if setup and setup['settings'] != settings:
         print(f'{folder} holds an unfinished preparation of other text or with other settings: starting anew')
         setup = None
-    spec = setup['tokenizer'] if setup else make_tokenizer(kind, source, vocab_size)
-    with user_errors(OSError, where=f'cannot write to {out_dir}: '):
-        os.makedirs(folder, exist_ok=True)
-        with locked(folder):
-            if not setup:
-                for name in os.listdir(folder):
-                    if name != 'lock':
-                        os.remove(os.path.join(folder, name))
-                write_json(os.path.join(folder, 'setup.json'), {'settings': settings, 'tokenizer': spec})
-            meta = read_json(os.path.join(folder, 'meta.json'))
-            if not meta:
-                try:
-                    meta = encode_all(folder, source, spec, shard_tokens, max_tokens, workers)
-                except UserError:
-                    if not read_json(os.path.join(folder, 'progress.json')):  # nothing to go on from
-                        shutil.rmtree(folder)
-                        with suppress(OSError):
-                            os.rmdir(out_dir)  # if it was made for this
-                    raise
-                for name in os.listdir(out_dir):  # from here on, training finds nothing until all is in place
-                    if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
-                        os.remove(os.path.join(out_dir, name))
-                write_json(os.path.join(folder, 'meta.json'), meta)
-            publish(folder, out_dir, meta, shard_tokens)
-    print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
-          f'vocabulary of {meta["vocab_size"]:,}')
+    if not setup:
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                shutil.rmtree(entry.path)
+            elif entry.name != 'lock':
+                os.remove(entry.path)
+        setup = {'settings': settings, 'tokenizer': make_tokenizer(kind, source, vocab_size)}
+        write_json(os.path.join(folder, 'setup.json'), setup)
+    meta = read_json(os.path.join(folder, 'meta.json'), {'tokens': dict, 'vocab_size': int})
+    return meta or encode_all(folder, source, setup['tokenizer'], shard_tokens, max_tokens, workers)
 
 
 def make_tokenizer(kind, source, vocab_size):
@@ -136,7 +147,8 @@ def threshold_of(source):
 
 def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
     """Encode the whole source into shards in a folder, from where progress.json tells -> the data set's description."""
-    tokenizer = load_tokenizer(spec)
+    with user_errors(ValueError, where=f'{folder}/setup.json is damaged, delete {folder} to start anew: '):
+        tokenizer = load_tokenizer(spec)
     separator = [] if source.single else tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
     threshold = threshold_of(source)
@@ -144,11 +156,14 @@ def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
         made = Made(folder, dtype.itemsize, shard_tokens, max_tokens, threshold)
         job = Job(spec, separator, dtype.str, made.state['threshold'], source.text_key)
         encode_rest(source, job, made, workers)
+        source.check_unchanged()
         if all(split['tokens'] for split in made.state['splits'].values()):
             break
         # so few documents that one split got none: once more, with a threshold that gives it the one nearest to it
         smallest, largest = made.state['hashes'] or (0, 0)
         made.forget()
+        if not any(split['tokens'] for split in made.state['splits'].values()):
+            raise UserError('there is no text in the input')
         if smallest == largest:
             raise UserError('the input holds fewer than two different documents, too few to split into training and validation text; '
                             'a single text is split if it is given as a text file')
@@ -186,6 +201,7 @@ def encode_rest(source, job, made, workers):
         print('\ninterrupted; the same command goes on from here', file=sys.stderr)
         raise
     made.save()
+    made.close()
 
 
 class Made:
@@ -195,10 +211,11 @@ class Made:
         """Where progress.json tells, or else at the start, with this threshold between the splits."""
         self.folder, self.itemsize, self.max_tokens = folder, itemsize, max_tokens
         self.path = os.path.join(folder, 'progress.json')
-        self.state = read_json(self.path) or {
+        self.state = read_json(self.path, {'position': (dict, type(None)), 'threshold': int, 'hashes': list, 'splits': dict}) or {
             'position': None, 'threshold': threshold, 'hashes': [],  # the smallest and the largest of the documents' hashes
             'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS}}
-        self.shards = {split: Shards(folder, split, itemsize, shard_tokens, self.state['splits'][split]['tokens']) for split in SPLITS}
+        with user_errors(KeyError, TypeError, where=f'{self.path} is damaged, delete {folder} to start anew: '):
+            self.shards = {split: Shards(folder, split, itemsize, shard_tokens, self.state['splits'][split]['tokens']) for split in SPLITS}
 
     @property
     def train_tokens(self):
@@ -230,6 +247,11 @@ class Made:
         for shards in self.shards.values():
             shards.sync()
         write_json(self.path, self.state)
+
+    def close(self):
+        """Close the files: some systems do not move open ones."""
+        for shards in self.shards.values():
+            shards.close()
 
     def forget(self):
         """Be at the start again."""
@@ -296,14 +318,15 @@ class Shards:
             if not os.path.exists(self.path(n)):
                 break
             os.remove(self.path(n))
+        for n in range(keep):
+            length = min(self.size - n * self.shard_bytes, self.shard_bytes)
+            if not os.path.exists(self.path(n)) or os.path.getsize(self.path(n)) < length:
+                raise UserError(f'{self.path(n)} is missing or was cut short: delete {folder}, and run the same command again')
         self.file = None
         if keep:
-            last = self.size - (keep - 1) * self.shard_bytes
             self.file = open(self.path(keep - 1), 'r+b')
-            if self.file.seek(0, os.SEEK_END) < last:
-                raise UserError(f'{self.file.name} was cut short: delete {folder} and start again')
-            self.file.truncate(last)
-            self.file.seek(last)
+            self.file.truncate(length)
+            self.file.seek(length)
 
     def path(self, n):
         return os.path.join(self.folder, f'{self.split}_{n:03d}.bin')
@@ -333,18 +356,43 @@ class Shards:
             self.file = None
 
 
+def moves(folder, out_dir, meta, shard_tokens):
+    """Yield (path while it is prepared, path for training, bytes) of each token file of a description."""
+    itemsize = np.dtype(meta['dtype']).itemsize
+    for split, tokens in meta['tokens'].items():
+        n_shards = -(-tokens // shard_tokens) if shard_tokens else 1
+        for n in range(n_shards):
+            name = f'{split}.bin' if n_shards == 1 else f'{split}_{n:03d}.bin'
+            length = min(shard_tokens, tokens - n * shard_tokens) if shard_tokens else tokens
+            yield os.path.join(folder, f'{split}_{n:03d}.bin'), os.path.join(out_dir, name), length * itemsize
+
+
+def check_shards(folder, out_dir, meta, shard_tokens):
+    """Raise UserError unless each token file is there, whole: prepared, or moved up already."""
+    for prepared, final, n_bytes in moves(folder, out_dir, meta, shard_tokens):
+        path = prepared if os.path.exists(prepared) else final
+        if not os.path.exists(path) or os.path.getsize(path) != n_bytes:
+            raise UserError(f'{prepared} is missing or damaged: delete {folder}, and run the same command again')
+
+
 def publish(folder, out_dir, meta, shard_tokens):
     """Move a finished preparation up to where training looks for it. It can be interrupted and repeated."""
     write_json(os.path.join(out_dir, 'meta.json'), meta)
-    for split, tokens in meta['tokens'].items():
-        n_shards = -(-tokens // shard_tokens) if shard_tokens else 1
-        names = [f'{split}.bin'] if n_shards == 1 else [f'{split}_{n:03d}.bin' for n in range(n_shards)]
-        for n, name in enumerate(names):
-            prepared = os.path.join(folder, f'{split}_{n:03d}.bin')
-            if os.path.exists(prepared):
-                os.replace(prepared, os.path.join(out_dir, name))
+    for prepared, final, _ in moves(folder, out_dir, meta, shard_tokens):
+        if os.path.exists(prepared):
+            os.replace(prepared, final)
     os.remove(os.path.join(folder, 'setup.json'))  # without it, the rest is nothing to go on from
     shutil.rmtree(folder)
+
+
+@contextmanager
+def writing(out_dir):
+    """A context in which what goes wrong with the disk is one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'cannot write {error.filename or out_dir}: {error.strerror or error}; mend that, and run the same command '
+                        'again') from error
 
 
 @contextmanager
@@ -361,13 +409,16 @@ def locked(folder):
         yield
 
 
-def read_json(path):
-    """The content of a JSON file of ours, None if there is none."""
+def read_json(path, wanted):
+    """The content of a JSON file of ours, None if there is none. UserError unless it is a dict with the wanted keys, of these types."""
     if not os.path.exists(path):
         return None
-    with user_errors(OSError, ValueError, where=f'{path} is damaged, delete {os.path.dirname(path)} to start anew: '):
+    with user_errors(OSError, ValueError, RecursionError, where=f'{path} is damaged, delete {os.path.dirname(path)} to start anew: '):
         with open(path, encoding='utf-8') as file:
-            return json.load(file)
+            content = json.load(file)
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in wanted.items()):
+            raise ValueError(f'it must hold {", ".join(wanted)}')
+        return content
 
 
 def write_json(path, content):

@@ -23,6 +23,7 @@ from tokenizer import replace_surrogates
 
 UNIT = 2**20  # characters or bytes in a unit, about
 ROWS = 256  # of a table, read at once
+KINDS = {'.jsonl': '.jsonl', '.ndjson': '.jsonl', '.jsonl.gz': '.jsonl.gz', '.jsonl.zst': '.jsonl.zst', '.parquet': '.parquet'}  # by ending
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
@@ -39,7 +40,8 @@ class Piece(NamedTuple):
 class Unit:
     """What a worker encodes at once: pieces, or JSON lines that it has to parse first."""
     position: dict  # where the source goes on after it, as plain JSON; 'progress' in it: bytes of the source's total until there
-    where: str  # for errors: file and byte
+    where: str  # for errors: the file
+    at: int = 0  # for errors: the byte of the file that the lines begin at
     pieces: list = field(default_factory=list)
     lines: bytes = b''
 
@@ -47,15 +49,16 @@ class Unit:
 def pieces_of(unit, text_key):
     """Yield a unit's pieces. UserError if one of its JSON lines is not an object with a text under text_key."""
     yield from unit.pieces
-    offset = 0
+    at = unit.at
     for line in io.BytesIO(unit.lines):
         if line.strip():
-            with user_errors(ValueError, RecursionError, where=f'{unit.where} + {offset} is no JSON line: '):
-                row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-                raise UserError(f'{unit.where} + {offset} is no JSON object with a text {text_key!r}: --text_key= names another field')
-            yield Piece(replace_surrogates(row[text_key]))
-        offset += len(line)
+            with user_errors(ValueError, RecursionError, where=f'{unit.where}, byte {at}: this is no line of JSON: '):
+                row = json.loads(line.decode())
+            if not isinstance(row, dict) or text_key not in row or not isinstance(row[text_key], (str, type(None))):
+                raise UserError(f'{unit.where}, byte {at}: no JSON object with a text {text_key!r}; --text_key= names another field')
+            if row[text_key]:
+                yield Piece(replace_surrogates(row[text_key]))
+        at += len(line)
 
 
 def grouped(parts, where):
@@ -104,6 +107,9 @@ class Documents:
         self.cut = val_begins(self.total, val_fraction)
         self.fingerprint = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()
 
+    def check_unchanged(self):
+        """Nothing to check: the texts are in memory."""
+
     def units(self, position=None, part=None):
         """Yield the Units from a position on, by default from the start."""
         first = position['document'] if position else 0
@@ -124,13 +130,13 @@ class Files:
         check_fraction(val_fraction)
         self.root, self.val_fraction, self.text_key = path, val_fraction, text_key
         paths, passed = list(walk(path)), 0
-        kinds = [next((kind for kind in ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet') if file.endswith(kind)), '') for file in paths]
+        kinds = [next((KINDS[ending] for ending in KINDS if file.lower().endswith(ending)), '') for file in paths]
         texts_only = not any(kinds)
         self.files, self.starts, self.sizes, characters = [], [], [], 0  # (path, kind); of the text files, characters before them; bytes
         self.fingerprint = []
         for file, kind in zip(paths, kinds):
             try:
-                if not kind and not texts_only and not file.endswith('.txt'):
+                if not kind and not texts_only and not file.lower().endswith('.txt'):
                     raise NotText(f'{file} is none of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet')
                 n = 1 if kind else count_characters(file)
             except NotText:
@@ -154,6 +160,14 @@ class Files:
         self.cut = val_begins(characters, val_fraction) if texts_only and len(self.files) * val_fraction < 1 else None
         self.before = [0, *itertools.accumulate(self.sizes)]  # bytes before each file
         self.total = self.before[-1]
+
+    def check_unchanged(self):
+        """Raise UserError if a file is not the one that it was when reading began."""
+        for (file, _), (_, *seen) in zip(self.files, self.fingerprint):
+            with user_errors(OSError, where=f'cannot read {file}: '):
+                stat = os.stat(file)
+            if [stat.st_size, stat.st_mtime_ns] != seen:
+                raise UserError(f'{file} has changed while it was being read: run the same command again')
 
     def name(self, file):
         """What a file is called in the data set's own terms: its path below the folder."""
@@ -203,10 +217,10 @@ class Files:
                 file = gzip.GzipFile(fileobj=raw) if kind == '.jsonl.gz' else io.BufferedReader(ZstandardFile(raw))
                 skip(file, at)
             while lines := file.read(UNIT) + file.readline():
-                where, first = f'{path}, byte {at}', at == 0
-                at += len(lines)
-                yield Unit({'file': n, 'at': at, 'progress': self.before[n] + raw.tell()}, where,
-                           lines=lines.removeprefix(b'\xef\xbb\xbf') if first else lines)
+                start, at = at, at + len(lines)
+                if start == 0:
+                    lines = lines.removeprefix(b'\xef\xbb\xbf')
+                yield Unit({'file': n, 'at': at, 'progress': self.before[n] + raw.tell()}, path, start, lines=lines)
 
     def table_units(self, n, at):
         """The rows of a parquet file from a row on; no more than a page of each column is in memory."""
@@ -241,6 +255,9 @@ class Hub:
         self.name, self.val_fraction, self.config, self.revision = name, val_fraction, config, revision
         self.text_key, self.total = text_key, total
         self.fingerprint = [name, config, revision]
+
+    def check_unchanged(self):
+        """Nothing to check: a commit does not change."""
 
     def units(self, position=None, part=None):
         """Yield the Units from a position on, by default from the start. The position holds the commit, so that what is uploaded in
@@ -305,6 +322,8 @@ class NotText(UserError):
 def walk(path):
     """Yield the file, or the files below the folder, in the order of their names, without hidden ones."""
     if not os.path.isdir(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f'{path} is neither a file nor a folder: it has to be read more than once, so write it to a file first')
         yield path
         return
 
@@ -313,7 +332,8 @@ def walk(path):
 
     for folder, folders, names in os.walk(path, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith('.'))
+        for name in sorted(name for name in names if not name.startswith('.')):
+            yield from walk(os.path.join(folder, name))
 
 
 def skip(file, n):

@@ -6,7 +6,6 @@ however it dies, and need nothing of the script that started them.
 import hashlib
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -81,7 +80,8 @@ class Worker:
     def __init__(self, job):
         self.job = job  # sent with the first unit
         with user_errors(OSError, where='cannot start a worker process: '):
-            self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            start_new_session=True)  # Ctrl-C is for the parent alone
 
     def send(self, content):
         pickle.dump(content, self.process.stdin, pickle.HIGHEST_PROTOCOL)
@@ -109,7 +109,6 @@ class Worker:
 
 def work():
     """Serve until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     results = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)  # whatever else prints must not get in between
     try:

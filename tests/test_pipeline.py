@@ -325,6 +325,75 @@ def test_what_is_left_of_a_folder_half_deleted_is_no_obstacle(tmp_path, left):
     assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, kind):
+    """Whether it grows, shrinks or is gone: one line, nothing is published, and the same command then prepares what there is."""
+    monkeypatch.setattr(sources, 'UNIT', 2000)
+    path = write_input(tmp_path / 'in', kind, make_documents(300))
+    victim = sorted(path.iterdir())[-1]
+
+    class Meddled(Interrupted):
+        def units(self, position=None, part=None):
+            for n, unit in enumerate(self.source.units(position, part)):
+                yield unit
+                if n == 1:
+                    victim.write_bytes(victim.read_bytes() + b'\n')
+
+    with pytest.raises(UserError, match='has changed while it was being read|cannot read'):
+        write_dataset(str(tmp_path / 'data'), Meddled(Files(str(path), 0.1), 0), 'byte')
+    assert not list((tmp_path / 'data').glob('*.bin'))
+    if kind in ('txt', 'jsonl', 'mixed'):  # the others are spoilt by a byte behind their end
+        write_dataset(str(tmp_path / 'data'), Files(str(path), 0.1), 'byte')
+        write_dataset(str(tmp_path / 'expected'), Files(str(path), 0.1), 'byte')
+        assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
+
+
+@pytest.mark.parametrize('name, content', [
+    ('train_000.bin', None), ('val_000.bin', None), ('train_001.bin', b''), ('progress.json', b'5'), ('progress.json', b'{"position": {}}'),
+    ('progress.json', b'{"position": {"progress": 1}, "threshold": 1, "hashes": [], "splits": {}}'), ('setup.json', b'["x"]'),
+    ('setup.json', b'{')])
+def test_a_damaged_preparation_is_one_line(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(300)))
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 30), 'byte', shard_tokens=1000)
+    damaged = tmp_path / 'data' / 'preparing' / name
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content)
+    with pytest.raises(UserError, match='delete .*preparing'):
+        write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte', shard_tokens=1000)
+    shutil.rmtree(tmp_path / 'data' / 'preparing')
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte', shard_tokens=1000)
+
+
+def test_a_lost_shard_is_seen_before_anything_is_deleted(tmp_path, monkeypatch):
+    for name in ('first', 'second'):
+        (tmp_path / f'{name}.txt').write_text(name * 500)
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'first.txt'), 0.1), 'char')
+    seen = hashes(tmp_path / 'data')
+    real = pipeline.prepare
+
+    def prepare_and_lose(folder, *arguments):
+        meta = real(folder, *arguments)
+        os.truncate(os.path.join(folder, 'train_000.bin'), 10)
+        return meta
+
+    monkeypatch.setattr(pipeline, 'prepare', prepare_and_lose)
+    with pytest.raises(UserError, match='train_000.bin is missing or damaged'):
+        write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'second.txt'), 0.1), 'char')
+    shutil.rmtree(tmp_path / 'data' / 'preparing')
+    assert hashes(tmp_path / 'data') == seen
+
+
+def test_interrupted_before_anything_is_encoded(tmp_path, capsys):
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(30)))
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 0), 'char')
+    assert 'interrupted; nothing was encoded yet' in capsys.readouterr().err and not (tmp_path / 'data').exists()
+
+
 def test_other_text_or_settings_start_anew(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(100)))
@@ -417,7 +486,8 @@ def test_large_row_groups_and_empty_tables(tmp_path, monkeypatch):
 
 
 def test_json_with_lone_surrogates_and_empty_texts(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n')
+    (tmp_path / 'a.jsonl').write_text('{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": null}\n'
+                                     '{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n')
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.jsonl'), 0.5), 'byte')
     assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == ['a\0b', 'x\ufffdy', 'z😀']
 

@@ -5,6 +5,7 @@
     python train.py config/train_shakespeare_char_cpu.py --dataset=text/novel --out_dir=out-novel
 """
 import os
+import shlex
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -22,15 +23,15 @@ text_key = 'text'  # field of a JSON line, or column of a table, that holds the 
 shard_tokens = 100_000_000  # ids in a file, 0: all in one
 max_tokens = 0  # stop behind so many train tokens, or some more; 0: take all
 workers = 0  # processes, 0: one a core
-configure(globals())
+configure(globals(), bare='input')
 
 if not input or not os.path.exists(input):
     raise UserError(f'--input={input}: there is no such file or folder' if input else 'which text? give --input=FILE_OR_FOLDER')
 name = name or os.path.basename(os.path.abspath(input)).removesuffix('.gz').removesuffix('.zst').rpartition('.')[0] \
     or os.path.basename(os.path.abspath(input))
-if os.path.basename(name) != name or name.startswith('.'):
-    raise UserError(f'--name={name}: must be a plain name, it becomes a folder in data/text')
+if not name or os.path.basename(name) != name or name.startswith(('.', '-')) or not name.isprintable():
+    raise UserError(f'--name={name!r}: must be a plain name, it becomes a folder in data/text')
 if os.path.exists(os.path.join(HERE, name, 'meta.json')):
     print(f'replacing the data set text/{name} that is there; another --name keeps both')
 write_dataset(os.path.join(HERE, name), Files(input, val_fraction, text_key), tokenizer, vocab_size, shard_tokens, max_tokens, workers)
-print(f'train on it with --dataset=text/{name}')
+print(f'train on it with --dataset={shlex.quote(f"text/{name}")}')
