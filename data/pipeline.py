@@ -16,17 +16,14 @@ import re
 import shutil
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from threading import local
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, user_errors
 from data.sources import pieces_of
-from data.worker import Job, Worker, split_of
+from data.worker import Job, Workers, split_of
 from tokenizer import CharTokenizer, load_gpt2, load_tokenizer, train_bpe
 
 SPLITS = ('train', 'val')
@@ -268,41 +265,6 @@ class Made:
         if whole - written > free:
             raise UserError(f'{self.folder}: about {(whole - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: '
                             'make room, and run the same command again')
-
-
-class Workers:
-    """Worker processes, as a context: they end with it."""
-
-    def __init__(self, job, n):
-        self.job, self.n = job, n
-        self.started, self.own = [], local()
-
-    def __enter__(self):
-        self.pool = ThreadPoolExecutor(self.n)  # a thread for each process, to talk with it
-        return self
-
-    def __exit__(self, *_):
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self.started:
-            worker.kill()
-        self.pool.shutdown()
-
-    def encode(self, unit):
-        if not hasattr(self.own, 'worker'):
-            self.own.worker = Worker(self.job)
-            self.started.append(self.own.worker)
-        return self.own.worker.encode(unit)
-
-    def map(self, units):
-        """Yield (unit, what became of it) in the order of the units; no more than a few are under way at a time."""
-        waiting = deque()
-        for unit in units:
-            waiting.append((unit, self.pool.submit(self.encode, unit)))
-            if len(waiting) > 2 * self.n:
-                unit, future = waiting.popleft()
-                yield unit, future.result()
-        for unit, future in waiting:
-            yield unit, future.result()
 
 
 class Shards:

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,8 +23,6 @@ from tokenizer import replace_surrogates
 UNIT = 2**20  # characters or bytes in a unit, about
 ROWS = 256  # of a table, read at once
 KINDS = {'.jsonl': '.jsonl', '.ndjson': '.jsonl', '.jsonl.gz': '.jsonl.gz', '.jsonl.zst': '.jsonl.zst', '.parquet': '.parquet'}  # by ending
-SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 class Piece(NamedTuple):
@@ -443,44 +440,3 @@ def parquet_text_bytes(path, text_key):
             raise UserError(f'{path} has no column {text_key!r}: --text_key= may be one of {one_line(", ".join(columns), 200)}')
         column = columns.index(text_key)
         return sum(table.metadata.row_group(i).column(column).total_uncompressed_size for i in range(table.num_row_groups))
-
-
-def download(url, path, sha256, tries=3, timeout=10):
-    """Fetch url to path unless it is there already, with a progress bar; the file appears only once it is whole and its
-    SHA-256 is right. timeout: seconds of silence that end a try. Raises UserError when every try has failed."""
-    if os.path.exists(path):
-        if file_sha256(path) == sha256:
-            return
-        raise UserError(f'{path} is there already and is not what {url} holds: move it away, or give it as --input={path}')
-    try:
-        import requests
-        from tqdm import tqdm
-    except ImportError as error:
-        raise UserError(f'downloading needs the package {error.name}: pip install {error.name}, or give --input=FILE') from error
-    part = path + '.part'
-    for attempt in range(tries):
-        try:
-            with requests.get(url, stream=True, timeout=timeout) as response:
-                response.raise_for_status()
-                size = int(response.headers.get('content-length', 0)) or None
-                with open(part, 'wb') as file, tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(path)) as bar:
-                    for chunk in response.iter_content(2**16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-            if file_sha256(part) != sha256:
-                raise OSError('what arrived has another checksum than expected')
-            os.replace(part, path)
-            return
-        except (requests.RequestException, OSError) as error:
-            problem = error
-            if attempt < tries - 1:
-                time.sleep(attempt + 1)
-    if os.path.exists(part):
-        os.remove(part)
-    raise UserError(f'cannot download {url}: {one_line(str(problem), 120)}; try again, or give the text with --input=FILE')
-
-
-def file_sha256(path):
-    """SHA-256 of a file, as hexadecimal text."""
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -8,7 +8,10 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import local
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
@@ -105,6 +108,41 @@ class Worker:
     def kill(self):
         self.process.kill()
         self.process.wait()
+
+
+class Workers:
+    """Worker processes, as a context: they end with it."""
+
+    def __init__(self, job, n):
+        self.job, self.n = job, n
+        self.started, self.own = [], local()
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(self.n)  # a thread for each process, to talk with it
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self.started:
+            worker.kill()
+        self.pool.shutdown()
+
+    def encode(self, unit):
+        if not hasattr(self.own, 'worker'):
+            self.own.worker = Worker(self.job)
+            self.started.append(self.own.worker)
+        return self.own.worker.encode(unit)
+
+    def map(self, units):
+        """Yield (unit, what became of it) in the order of the units; no more than a few are under way at a time."""
+        waiting = deque()
+        for unit in units:
+            waiting.append((unit, self.pool.submit(self.encode, unit)))
+            if len(waiting) > 2 * self.n:
+                unit, future = waiting.popleft()
+                yield unit, future.result()
+        for unit, future in waiting:
+            yield unit, future.result()
 
 
 def work():

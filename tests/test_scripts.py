@@ -314,24 +314,24 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 
 def test_download(tmp_path, monkeypatch):
     from configurator import UserError
-    from data import sources
-    monkeypatch.setattr(sources.time, 'sleep', lambda seconds: None)
+    from data import download
+    monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)
     server = http.server.HTTPServer(('127.0.0.1', 0), Flaky)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, path = f'http://127.0.0.1:{server.server_port}/text', str(tmp_path / 'input.txt')
     right = hashlib.sha256(Flaky.content).hexdigest()
     with pytest.raises(UserError, match='cannot download'):
-        sources.download(url, path, right, tries=2)
+        download.download(url, path, right, tries=2)
     assert os.listdir(tmp_path) == []
-    sources.download(url, path, right)
+    download.download(url, path, right)
     assert (tmp_path / 'input.txt').read_bytes() == Flaky.content and os.listdir(tmp_path) == ['input.txt']
     calls = Flaky.calls
-    sources.download(url, path, right)
+    download.download(url, path, right)
     assert Flaky.calls == calls, 'what is there is not fetched again'
     with pytest.raises(UserError, match='checksum'):
-        sources.download(url, path + '2', '0' * 64)
+        download.download(url, path + '2', '0' * 64)
     with pytest.raises(UserError, match='there already'):
-        sources.download(url, path, '0' * 64)
+        download.download(url, path, '0' * 64)
     assert os.listdir(tmp_path) == ['input.txt'] and (tmp_path / 'input.txt').read_bytes() == Flaky.content
     server.shutdown()
 

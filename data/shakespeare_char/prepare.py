@@ -5,8 +5,9 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import configure
+from data.download import SHAKESPEARE_SHA256, SHAKESPEARE_URL, download
 from data.pipeline import write_dataset
-from data.sources import SHAKESPEARE_SHA256, SHAKESPEARE_URL, Files, download
+from data.sources import Files
 
 input = ''  # a copy of the text, in place of the download
 configure(globals())
