@@ -57,7 +57,11 @@ model.eval().to(device)
 pack(model, device, dtype, quantize)
 
 # --- loss -------------------------------------------------------------------------------------------------------------
-token_bytes = load_tokenizer(spec).token_bytes() if spec else None
+try:
+    token_bytes = load_tokenizer(spec).token_bytes() if spec else None
+except UserError as error:  # without the vocabulary there is still a loss
+    token_bytes = None
+    print(f'no bits per byte: {error}')
 total, count, n_bytes = 0.0, 0, 0
 with torch.inference_mode(), autocast(device, dtype):
     for x, y in eval_batches(tokens, block_size, batch_size, eval_iters or len(tokens), Ranks(), device):

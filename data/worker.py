@@ -61,8 +61,6 @@ def encode(job, tokenizer, unit):
     separator = np.array(job.separator, dtype=np.int32)
     rows, encoded = {'train': [], 'val': []}, {'train': Encoded(), 'val': Encoded()}
     for piece in pieces_of(unit, job.text_key):
-        if not piece.text:
-            continue
         split, number = split_of(piece, job.threshold)
         rows[split].append(tokenizer.encode(piece.text))
         if piece.ends:

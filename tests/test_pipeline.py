@@ -632,3 +632,13 @@ def test_evaluation_in_bits_per_byte(data_folder):
     loss, bits = (float(out.split(word)[1].split()[0].rstrip(',')) for word in ('loss', 'perplexity '))
     bits = float(out.split(' bits per byte')[0].split()[-1])
     assert bits == pytest.approx(loss * n / torch.tensor(2.0).log().item() / text_bytes, rel=2e-4)
+
+
+def test_evaluation_without_the_vocabulary(data_folder):
+    """nanoGPT's GPT-2 bins where tiktoken's vocabulary cannot be had: still the loss, as before there were bits per byte."""
+    (data_folder / 'data/bins').mkdir()
+    for split, n in (('train', 400), ('val', 100)):
+        (np.arange(n) * 7 % 50257).astype('<u2').tofile(data_folder / f'data/bins/{split}.bin')
+    run_forked_ok('train.py', '--dataset=bins', *SHAPE, '--max_iters=1', cwd=data_folder)
+    out = run_forked_ok('evaluate.py', '--device=cpu', cwd=data_folder, TIKTOKEN_CACHE_DIR=str(data_folder / 'none'))
+    assert 'data/bins, val: loss ' in out and ('no bits per byte: ' in out) != (' bits per byte, ' in out)
