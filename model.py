@@ -126,8 +126,13 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, angles=None, cache=None, layer=0):
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        y = self.attend(self.c_attn(x), mask, angles, cache, layer)
+        return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, qkv, mask, angles, cache, layer):
+        """Queries, keys and values side by side, (B, T, C + 2 nkv hs) -> what the heads gather, side by side, (B, T, C)."""
+        B, T, _ = qkv.shape
+        heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, -1).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (q, k))
@@ -136,8 +141,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)  # those of everything read so far, S positions of it
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
 
 class MLP(nn.Module):
@@ -152,13 +156,14 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
-        if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            x = self.activation(gate) * x
-        else:
-            x = self.activation(x)
-        return self.dropout(self.c_proj(x))
+        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+    def activate(self, x):
+        """What lies between the two products; of gate and value side by side, the value, gated."""
+        if not self.gated:
+            return self.activation(x)
+        gate, value = x.chunk(2, dim=-1)
+        return self.activation(gate) * value
 
 
 class Block(nn.Module):

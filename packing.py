@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from configurator import UserError
 
@@ -24,7 +25,7 @@ def pack(model, device, dtype, quantize=''):
     """Replace the linear layers of a model on `device`, in place, for reading only: it cannot be trained or saved any more.
 
     dtype: that products run in. quantize: 'int8', or '' for none. The embedding table stays as it is. Where a device has no
-    better layout than torch's own, nothing happens. Raises UserError if int8 is not to be had.
+    better layout than torch's own, the matrices stay as they are. Raises UserError if int8 is not to be had.
     """
     if quantize == 'int8' and (device.type != 'cpu' or 'fbgemm' not in torch.backends.quantized.supported_engines):
         raise UserError(f'--quantize=int8: runs on x86 processors only, not on this {device.type} device; leave it out')
@@ -47,6 +48,34 @@ def pack(model, device, dtype, quantize=''):
                 setattr(module, name, PackedLinear(layer, dtype))
             elif layer.weight.dtype != dtype:
                 layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)  # a head tied to the embedding gets a copy
+    if device.type == 'cpu':
+        model.transformer.h = nn.ModuleList(map(DirectBlock, model.transformer.h))
+
+
+class DirectBlock(nn.Module):
+    """model.Block, for reading only, with the functions of its layers at hand. A step of a small model is some 70 operators of a few
+    microseconds each: nn.Module's way of calling them takes a fifth of its time for one text, a tenth for ten."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm_1, self.norm_2 = function_of(block.ln_1), function_of(block.ln_2)
+        self.qkv, self.attend, self.attn_proj = function_of(block.attn.c_attn), block.attn.attend, function_of(block.attn.c_proj)
+        self.fc, self.activate, self.mlp_proj = function_of(block.mlp.c_fc), block.mlp.activate, function_of(block.mlp.c_proj)
+
+    def forward(self, x, mask=None, angles=None, cache=None, layer=0):
+        x = x + self.attn_proj(self.attend(self.qkv(self.norm_1(x)), mask, angles, cache, layer))
+        return x + self.mlp_proj(self.activate(self.fc(self.norm_2(x))))
+
+
+def function_of(layer):
+    """What a layer computes, x -> y, without its hooks and without looking up its parameters by name."""
+    if isinstance(layer, nn.Linear):
+        weight, bias = layer.weight, layer.bias
+        return lambda x: F.linear(x, weight, bias)
+    if isinstance(layer, nn.LayerNorm):
+        rest = layer.normalized_shape, layer.weight, layer.bias, layer.eps
+        return lambda x: torch.layer_norm(x, *rest)
+    return layer.forward
 
 
 class PackedLinear(nn.Module):

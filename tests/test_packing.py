@@ -81,7 +81,7 @@ def test_a_packed_model(dtype, quantize, tolerance, monkeypatch):
     model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.1)).eval()
     packed = copy.deepcopy(model)
     pack(packed, CPU, dtype, quantize)
-    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    assert isinstance(packed.lm_head, Int8Linear if quantize else PackedLinear) and not list(packed.transformer.h.parameters())
     idx, prompts = torch.randint(64, (3, 20)), [torch.randint(64, (n,)).tolist() for n in (3, 40, 20)]
     with torch.no_grad():
         expected, loss = model(idx, idx)
@@ -95,6 +95,30 @@ def test_a_packed_model(dtype, quantize, tolerance, monkeypatch):
                 pass
     if dtype == torch.float32 and not quantize:  # coarser sums may tip a near-tie
         assert [sample.ids for sample in batches[0]] == [alone.ids for alone, in batches[1:]]
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(bias=False, dropout=0.1), dict(mlp='swiglu', norm='rmsnorm', pos='rope', n_kv_head=2, tie_weights=False),
+    dict(mlp='relu2', pos='alibi', qk_norm=True, logit_softcap=5.0), dict(mlp='gelu_tanh', pos='none', n_kv_head=1)])
+@pytest.mark.parametrize('smallest', [0, 2**17])
+def test_a_packed_model_is_the_same_model(options, smallest, monkeypatch):
+    """Every kind of layer, packed and not, reads and continues as before."""
+    monkeypatch.setattr(packing, 'SMALLEST', smallest)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=64, **options)).eval()
+    for parameter in model.parameters():  # biases and gains too
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.1)
+    packed, idx = copy.deepcopy(model), torch.randint(64, (3, 16))
+    pack(packed, CPU, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(idx, idx)[0], model(idx, idx)[0], rtol=1e-4, atol=1e-4)
+    drawn = []
+    for each in (model, packed):
+        samples = [Sample(row[:n], (1, n)) for row, n in zip(idx.tolist(), (3, 16, 9))]
+        for _ in generate(each, samples, 20, Sampling(1.0)):
+            pass
+        drawn.append([sample.ids for sample in samples])
+    assert drawn[0] == drawn[1]
 
 
 def test_what_cannot_be_packed():
