@@ -75,10 +75,12 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=grouped)
     if grouped:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))  # (B, nh, T, S)
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, nh, T, S)
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        mask = torch.full((T, T), -math.inf, dtype=scores.dtype, device=q.device).triu(1)
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+    scores = scores + mask.to(scores.dtype)  # one pass over the scores, and none on the way back, where masked_fill takes two and two
     return F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
 
 
