@@ -9,9 +9,9 @@ import os
 
 import torch
 
-from checkpoint import open_model
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, eval_batches, read_meta
+from origin import open_model
 from packing import pack
 from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
 from tokenizer import load_tokenizer, same_ids, spec_from_meta, spec_vocab_size

@@ -11,7 +11,8 @@ short_context = 0  # attention over so many tokens or fewer is computed by plain
 
 
 def use_onednn_products(device):
-    """Let float32 products on x86 CPUs with AVX-512 run by oneDNN in place of MKL, which leaves half of an AMD processor's speed unused.
+    """Let float32 products on x86 CPUs with AVX-512 run by oneDNN in place of MKL, which leaves half of an AMD processor's speed unused
+    -> does it take effect?
 
     For training: call it once, before anything is compiled. torch hands float32 products to oneDNN only when it may round their
     factors to bfloat16, so that is allowed where oneDNN makes no use of it: where the processor has no matrix unit (AMX), and
@@ -21,15 +22,16 @@ def use_onednn_products(device):
     global short_context
     settings = getattr(torch.backends.mkldnn, 'matmul', None)  # torch from 2.9 on
     if device.type != 'cpu' or settings is None or platform.machine() not in ('x86_64', 'AMD64'):
-        return
+        return False
     if not torch.backends.mkldnn.is_available() or not torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
-        return
+        return False
     settings.fp32_precision = 'bf16'
     x = 1 + torch.arange(64 * 64).view(64, 64) / 2**20  # needs more mantissa than bfloat16 or TF32 have
     if torch.equal(x @ torch.eye(64), x):
         short_context = 128
-    else:
-        settings.fp32_precision = 'ieee'
+        return True
+    settings.fp32_precision = 'ieee'
+    return False
 
 
 def keep_memory(device):

@@ -11,10 +11,10 @@ import signal
 import sys
 from contextlib import suppress
 
-from checkpoint import open_model
 from configurator import UserError, configure, one_line, require, user_errors
 from dataloader import read_meta
 from generation import Context, Sample, Sampling, generate
+from origin import open_model
 from packing import pack
 from runtime import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
 from tokenizer import load_tokenizer, spec_from_meta

@@ -5,7 +5,6 @@ On one node:        torchrun --standalone --nproc_per_node=4 train.py config/tra
 On two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py …   (on each)
 After any stop:     the same command and --init_from=resume
 """
-import dataclasses
 import math
 import os
 import signal
@@ -14,25 +13,13 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (
-    BEST,
-    LATEST,
-    NANOGPT_FIELDS,
-    load_checkpoint,
-    load_optimizer_buffers,
-    load_pretrained,
-    model_entry,
-    prepare_out_dir,
-    restore_model,
-    save_checkpoint,
-    set_aside,
-)
+from checkpoint import load_optimizer_buffers, model_entry, prepare_out_dir, save_checkpoint, set_aside
 from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta
 from kernels import keep_memory, use_onednn_products
 from metrics import NoLog, RunLog, start_wandb
-from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer, update_ratio
+from origin import SHAPE, initial_model
 from runtime import (
     StopSignal,
     Stopwatch,
@@ -48,7 +35,7 @@ from runtime import (
     synchronize,
     use_fast_float32,
 )
-from tokenizer import GPT2_SPEC, same_ids, spec_end_of_text, spec_from_meta, spec_vocab_size
+from tokenizer import spec_end_of_text, spec_from_meta, spec_vocab_size
 
 # --- settings: the defaults train GPT-2 124M on OpenWebText on 8 GPUs -----------------------------------------------------
 # where and when to report
@@ -163,51 +150,17 @@ if align_documents and end_of_text is None:
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) for split in ('train', 'val'))
 
 # --- model ----------------------------------------------------------------------------------------------------------------
-iter_num, best_val_loss, best_iter, evaluated_at = 0, math.inf, 0, -1  # iter_num counts the updates made
-resumed = None  # the checkpoint to go on from
-seconds_before = 0.0  # of training, before this process
-shape_keys = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
 seed_all(seed)
-if init_from == 'scratch':
-    vocab_size = GPTConfig.vocab_size if tokenizer == GPT2_SPEC else tokenizer_vocab_size
-    vocab_size = -(-vocab_size // vocab_multiple) * vocab_multiple
-    with user_errors(ValueError):
-        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in shape_keys}))
-elif init_from == 'resume':
-    path = os.path.join(out_dir, LATEST)
-    resumed = load_checkpoint(path)
-    if resumed.get('tokenizer') not in (None, tokenizer):
-        raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
-    model = restore_model(resumed, path, dropout)
-    for key in shape_keys:  # unless asked for, the shape is the checkpoint's, as in nanoGPT
-        if key in config.given and config[key] != getattr(model.config, key):
-            raise UserError(f'--{key}={config[key]}: the run in {path} has {key}={getattr(model.config, key)}; leave it out to resume, '
-                            'or start another run with another --out_dir')
-    iter_num, evaluated_at, seconds_before = resumed['iter_num'], resumed['evaluated_at'], resumed['seconds']
-    if os.path.exists(os.path.join(out_dir, BEST)):
-        best_val_loss, best_iter = resumed['best_val_loss'], resumed['best_iter']
-    else:
-        best_iter = iter_num  # nanoGPT's runs have no such file: the best is what the next evaluation finds
-else:
-    model, pretrained_tokenizer = load_pretrained(init_from, dropout)
-    for key in shape_keys:
-        if key not in NANOGPT_FIELDS and key in config.given and config[key] != getattr(model.config, key):
-            raise UserError(f'--{key}={config[key]}: {init_from} has {key}={getattr(model.config, key)}; leave it out')
-    if pretrained_tokenizer and tokenizer and not same_ids(tokenizer, pretrained_tokenizer):
-        raise UserError(f'{data_dir} has other tokens than {init_from}: choose a --dataset in its encoding')
-    if block_size < model.config.block_size:
-        model.crop_block_size(block_size)
-    elif block_size > model.config.block_size and 'block_size' in config.given:
-        raise UserError(f'--block_size={block_size}: {init_from} has {model.config.block_size} positions, use at most that')
-config.update({key: getattr(model.config, key) for key in shape_keys})
+model, resumed = initial_model(config, data_dir, tokenizer, tokenizer_vocab_size)
+progress = resumed or {'iter_num': 0, 'best_val_loss': math.inf, 'best_iter': 0, 'evaluated_at': -1, 'seconds': 0.0}
+iter_num, best_val_loss, best_iter, evaluated_at, seconds_before = (
+    progress[key] for key in ('iter_num', 'best_val_loss', 'best_iter', 'evaluated_at', 'seconds'))  # iter_num counts the updates made
+config.update({key: getattr(model.config, key) for key in SHAPE})
 block_size = model.config.block_size
 if resumed:
     changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in resumed['config'].items()
                if key in config and key not in ('init_from', 'eval_only') and config[key] != old]
-    say(f'resuming {path} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
-if tokenizer_vocab_size > model.config.vocab_size:
-    raise UserError(f'{data_dir} has a vocabulary of {tokenizer_vocab_size}, the model of {model.config.vocab_size}: '
-                    'choose another --dataset')
+    say(f'resuming {out_dir} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
                        (batch_ramp_from, batch_ramp_iters), end_of_text)
 if not eval_only:
@@ -222,7 +175,7 @@ optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), o
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
-    with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state of {out_dir}/{LATEST}: '):
+    with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state in {out_dir}: '):
         optimizer.load_state_dict(buffers['optimizer'])
         if scaler.is_enabled() and buffers.get('scaler'):
             scaler.load_state_dict(buffers['scaler'])

@@ -8,8 +8,8 @@ from nanogpt_reference import ReferenceGPT
 
 import kernels
 import model as model_room
-from checkpoint import load_pretrained
 from model import GPT, GPTConfig, alibi_mask
+from origin import load_pretrained
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
 
