@@ -3,7 +3,7 @@
 import torch
 
 out_dir = 'out-speedrun-cpu'
-eval_interval = 25
+eval_interval = 28
 eval_iters = 0  # the whole validation split
 log_interval = 10
 
@@ -29,9 +29,9 @@ muon_momentum = 0.7  # so short a run has no time for a longer memory; 0.95 for 
 learning_rate = 0.03  # of the embedding and the gains
 weight_decay = 0.0
 grad_clip = 0.0
-max_iters = 125
-lr_decay_iters = 125
-cooldown_iters = 100
+max_iters = 140
+lr_decay_iters = 140
+cooldown_iters = 112
 warmup_iters = 5
 min_lr = 0.0
 
