@@ -49,14 +49,13 @@ class Context:
 
     def read(self, new):
         """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them."""
-        behind = []  # rows of which the cache lacks more than the last token
-        for r, ids in enumerate(new):
-            self.rows[r].extend(ids)
-            start = window_start(len(self.rows[r]), self.model.config.block_size)
-            if start != self.starts[r]:
-                self.starts[r], self.cache.lengths[r] = start, 0
-            if start + self.cache.lengths[r] < len(self.rows[r]) - 1:
-                behind.append(r)
+        behind, block_size, starts, lengths = [], self.model.config.block_size, self.starts, self.cache.lengths
+        for r, (row, ids) in enumerate(zip(self.rows, new)):
+            row.extend(ids)
+            if len(row) > starts[r] + block_size:
+                starts[r], lengths[r] = window_start(len(row), block_size), 0
+            if starts[r] + lengths[r] < len(row) - 1:
+                behind.append(r)  # the cache lacks more than the last token
         if behind:
             self.catch_up(behind)
         idx = torch.tensor([row[-1:] for row in self.rows], device=self.device)

@@ -133,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         """Queries, keys and values side by side, (B, T, C + 2 nkv hs) -> what the heads gather, side by side, (B, T, C)."""
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, -1).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (q, k))
         if angles is not None:
@@ -215,8 +215,8 @@ class KVCache:
             self.positions.copy_(torch.tensor(self.lengths)[:, None])
             self.mask.copy_(self.column_ids <= self.positions[:, :, None, None])
         elif end == min(self.lengths) + T:  # all rows alike: a slice, and no mask unless several tokens follow others
-            self.end, self.span = end, slice(first, end)
-            self.positions = self.column_ids[self.span]
+            self.end, self.span = end, (first, T)
+            self.positions = self.column_ids[first:end]
             self.mask = self.column_ids[:end] <= self.positions[:, None] if first and T > 1 else None  # (T, S)
         else:
             self.end, self.span = end, None
@@ -228,11 +228,12 @@ class KVCache:
         """Store the keys and values of the new tokens, (B, nkv, T, hs) each -> those of all tokens, (B, nkv, S, hs) each."""
         keys, values = self.keys[layer], self.values[layer]
         if self.span is not None:
-            keys[:, :, self.span], values[:, :, self.span] = k, v
+            keys.narrow(2, *self.span).copy_(k)
+            values.narrow(2, *self.span).copy_(v)
         else:
             at = (self.row_ids, slice(None), self.positions)  # indexes to (B, T, nkv, hs)
             keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys[:, :, :self.end], values[:, :, :self.end]
+        return keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
 
     def put(self, rows, other, other_rows):
         """Replace the contents of some rows by rows of another cache: rows[i] by other_rows[i]."""
