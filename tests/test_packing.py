@@ -42,6 +42,23 @@ def test_packed_product(n_in, n_out, bias):
             torch.testing.assert_close(packed(x[i:i + 1, :1]), y[i:i + 1, :1], rtol=1e-5, atol=1e-6)
 
 
+@onednn
+@pytest.mark.parametrize('alone_is_faster', [True, False])
+def test_how_a_single_row_is_multiplied_changes_nothing(alone_is_faster, monkeypatch):
+    """Whatever the trials find, a row gives the same bits alone, in pairs and in fives; also where oneDNN sums up long rows in parts."""
+    torch.manual_seed(0)
+    layers = [PackedLinear(torch.nn.Linear(n_in, n_out), torch.float32) for n_in, n_out in ((768, 768), (3072, 768), (64, 5000))]
+    ticks = iter((0, 1, 0, 2) * 6 if alone_is_faster else (0, 2, 0, 1) * 6)  # seconds: of one row, then of several
+    monkeypatch.setattr(packing.time, 'perf_counter', lambda: next(ticks))
+    packing.choose_copies(layers)
+    assert all(layer.copies in ((1, 2) if alone_is_faster else (packing.COPIES,)) for layer in layers)
+    with torch.no_grad():
+        for layer in layers:
+            row = torch.randn(1, 1, layer.packed.size(1))
+            for rows in (2, 5):
+                assert torch.equal(layer(row), layer(row.expand(rows, -1, -1))[:1])
+
+
 @fbgemm
 @pytest.mark.parametrize('bias', [True, False])
 def test_int8_product(bias):
