@@ -142,7 +142,7 @@ def bench_training(device, dtype):
     if device.type == 'cpu':  # no data sheet tells its peak: a large product stands for it, by each library that multiplies
         with torch_products():
             peaks = {'torch itself': product_flops(device, dtype)}
-        if by_onednn:
+        if by_onednn and dtype == torch.float32:  # all else is oneDNN's anyway
             peaks['oneDNN'] = product_flops(device, dtype)
         for name, seconds in times.items():
             shares = ', '.join(f'{100 * flops / statistics.median(seconds) / peak:.0f}% of the {peak / 1e9:.0f} by {library}'

@@ -11,8 +11,9 @@ short_context = 0  # attention over so many tokens or fewer is computed by plain
 
 
 def use_onednn_products(device):
-    """Let float32 products on x86 CPUs with AVX-512 run by oneDNN in place of MKL, which leaves half of an AMD processor's speed unused
-    -> does it take effect?
+    """Let float32 products on x86 CPUs with AVX-512 run by oneDNN in place of MKL, which leaves half of an AMD processor's speed unused.
+
+    Returns whether that takes effect here.
 
     For training: call it once, before anything is compiled. torch hands float32 products to oneDNN only when it may round their
     factors to bfloat16, so that is allowed where oneDNN makes no use of it: where the processor has no matrix unit (AMX), and
@@ -64,8 +65,8 @@ def torch_products():
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(hs)) v, for q (B, nh, T, hs) and k, v (B, nkv, S, hs), where nkv divides nh -> (B, nh, T, hs).
 
-    mask: (…, T, S), True where a position is seen, or a number to add; None: each sees itself and what came before, the T last of
-    S. dropout: share of the probabilities that is dropped.
+    mask: (…, T, S), True where a position is seen, or a number to add; every position must see something. None: each sees itself and
+    what came before, the T last of S. dropout: share of the probabilities that is dropped.
     """
     T, S = q.size(-2), k.size(-2)
     grouped = q.size(1) != k.size(1)
@@ -82,7 +83,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         mask = torch.full((T, T), -math.inf, dtype=scores.dtype, device=q.device).triu(1)
     elif mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
-    scores = scores + mask.to(scores.dtype)  # one pass over the scores, and none on the way back, where masked_fill takes two and two
+    scores = scores + mask.to(scores.dtype)  # cheaper than masked_fill, which copies first, and has to mask the gradient too
     return F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
 
 

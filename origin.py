@@ -19,7 +19,8 @@ from configurator import UserError, one_line, user_errors
 from model import GPT, GPTConfig
 from tokenizer import GPT2_SPEC, GPT2_VOCAB_SIZE, same_ids
 
-SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]  # that a setting names
+# what weights fix, and a setting may ask for
+SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
 
 
 # --- for a script -----------------------------------------------------------------------------------------------------
@@ -27,8 +28,9 @@ SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not
 def initial_model(config, data_dir, tokenizer, vocab_size):
     """What train.py starts from, as its settings say -> (GPT on the CPU in float32, the checkpoint to go on from or None).
 
-    data_dir: folder of the data set, tokenizer: its spec or None, vocab_size: its ids. Unless asked for, a shape that is not a new
-    model's is that of the weights, as in nanoGPT. UserError if they cannot be had, or do not go with settings or data.
+    data_dir: folder of the data set, tokenizer: its spec or None, vocab_size: how many ids it has. Weights that exist bring their
+    shape, as in nanoGPT. A checkpoint without ckpt_best.pt beside it counts as one whose best is not known. UserError if weights
+    cannot be had, or do not go with the settings that were given, or with the data.
     """
     init_from, dropout, checkpoint = config['init_from'], config['dropout'], None
     if init_from == 'scratch':

@@ -23,7 +23,8 @@ COPIES = 5  # that a single row may be multiplied as: on some processors oneDNN 
 
 
 def pack(model, device, dtype, quantize=''):
-    """Replace the linear layers of a model on `device`, in place, for reading only: it cannot be trained or saved any more.
+    """Prepare a model on `device`, in place, for reading only: it is in eval mode then, and cannot be trained, saved or moved any
+    more. Linear layers get the better layout; on a CPU blocks become DirectBlocks.
 
     dtype: that products run in. quantize: 'int8', or '' for none. The embedding table stays as it is. Where a device has no
     better layout than torch's own, the matrices stay as they are. Raises UserError if int8 is not to be had.
@@ -34,6 +35,7 @@ def pack(model, device, dtype, quantize=''):
         raise UserError(f'--quantize={quantize}: unknown; use int8, or leave it out')
     if quantize and dtype != torch.float32:
         raise UserError('--quantize=int8: goes with --dtype=float32, which everything but the weights then is')
+    model.eval()
     mkldnn = torch.ops.mkldnn
     onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
               and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
@@ -55,8 +57,8 @@ def pack(model, device, dtype, quantize=''):
 
 
 class DirectBlock(nn.Module):
-    """model.Block, for reading only, with the functions of its layers at hand. A step of a small model is some 70 operators of a few
-    microseconds each: nn.Module's way of calling them takes a fifth of its time for one text, a tenth for ten."""
+    """model.Block, for reading only, with the functions of its layers at hand: in a small model they take microseconds, and
+    nn.Module's way of calling them is a good part of a step."""
 
     def __init__(self, block):
         super().__init__()
@@ -107,8 +109,8 @@ class PackedLinear(nn.Module):
 def choose_copies(layers):
     """Find out by a few trials of the largest layer whether this processor multiplies a single row faster alone or as COPIES of it.
 
-    Which of the two has been up to a fifth faster, as the processor and the load on its memory have it. The choice changes no
-    result: where a row alone is summed up in another order than several, two copies take its place.
+    Either can be the faster by far, depending on the processor and the load on its memory. The choice changes no result: where a row
+    alone is, or in bfloat16 may be, summed up in another order than several, two copies take its place.
     """
     def seconds(layer, copies):
         x = torch.ones(copies, layer.packed.size(1), dtype=layer.dtype)
@@ -122,7 +124,8 @@ def choose_copies(layers):
     alone, several = (min(times) for times in zip(*[[seconds(largest, copies) for copies in (1, COPIES)] for _ in range(6)]))
     for layer in layers if alone < several else []:
         row = torch.randn(1, layer.packed.size(1), dtype=layer.dtype, generator=torch.Generator().manual_seed(0))
-        layer.copies = 1 if torch.equal(layer.product(row), layer.product(row.expand(2, -1))[:1]) else 2
+        same = layer.dtype == torch.float32 and torch.equal(layer.product(row), layer.product(row.expand(2, -1))[:1])
+        layer.copies = 1 if same else 2  # coarser numbers hide another order in most rows, not in all
 
 
 class Int8Linear(nn.Module):

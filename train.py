@@ -160,7 +160,7 @@ block_size = model.config.block_size
 if resumed:
     changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in resumed['config'].items()
                if key in config and key not in ('init_from', 'eval_only') and config[key] != old]
-    say(f'resuming {out_dir} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
+    say(f'resuming the run in {out_dir} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
                        (batch_ramp_from, batch_ramp_iters), end_of_text)
 if not eval_only:
@@ -175,7 +175,7 @@ optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), o
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
-    with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state in {out_dir}: '):
+    with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state of the run in {out_dir}: '):
         optimizer.load_state_dict(buffers['optimizer'])
         if scaler.is_enabled() and buffers.get('scaler'):
             scaler.load_state_dict(buffers['scaler'])

@@ -43,20 +43,22 @@ def test_packed_product(n_in, n_out, bias):
 
 
 @onednn
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('alone_is_faster', [True, False])
-def test_how_a_single_row_is_multiplied_changes_nothing(alone_is_faster, monkeypatch):
+def test_how_a_single_row_is_multiplied_changes_nothing(alone_is_faster, dtype, monkeypatch):
     """Whatever the trials find, a row gives the same bits alone, in pairs and in fives; also where oneDNN sums up long rows in parts."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip('this processor has no bfloat16')
     torch.manual_seed(0)
-    layers = [PackedLinear(torch.nn.Linear(n_in, n_out), torch.float32) for n_in, n_out in ((768, 768), (3072, 768), (64, 5000))]
+    layers = [PackedLinear(torch.nn.Linear(n_in, n_out), dtype) for n_in, n_out in ((768, 768), (3072, 768), (64, 5000))]
     ticks = iter((0, 1, 0, 2) * 6 if alone_is_faster else (0, 2, 0, 1) * 6)  # seconds: of one row, then of several
     monkeypatch.setattr(packing.time, 'perf_counter', lambda: next(ticks))
     packing.choose_copies(layers)
     assert all(layer.copies in ((1, 2) if alone_is_faster else (packing.COPIES,)) for layer in layers)
     with torch.no_grad():
         for layer in layers:
-            row = torch.randn(1, 1, layer.packed.size(1))
-            for rows in (2, 5):
-                assert torch.equal(layer(row), layer(row.expand(rows, -1, -1))[:1])
+            for row in torch.randn(64, 1, 1, layer.packed.size(1)):
+                assert all(torch.equal(layer(row), layer(row.expand(rows, -1, -1))[:1]) for rows in (2, 5))
 
 
 @fbgemm
