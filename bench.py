@@ -323,7 +323,7 @@ def make_rival(model, device, dtype):
                 idx = torch.tensor([prompt], device=device)
                 with torch.no_grad(), autocast(device, dtype):
                     for _ in range(max_new_tokens):
-                        logits = plain(idx[:, -block_size:])[0][:, -1]
+                        logits = plain.logits(plain.hidden(idx[:, -block_size:])[:, -1])  # all of every layer, as nanoGPT does
                         idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
                         firsts.append(time.perf_counter() - start)
             ids = idx[0, len(prompt):].tolist()

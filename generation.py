@@ -56,21 +56,24 @@ class Context:
                 starts[r], lengths[r] = window_start(len(row), block_size), 0
             if starts[r] + lengths[r] < len(row) - 1:
                 behind.append(r)  # the cache lacks more than the last token
+        pieces = [row[-1:] for row in self.rows]
         if behind:
-            self.catch_up(behind)
-        idx = torch.tensor([row[-1:] for row in self.rows], device=self.device)
-        self.cache.extend(1)
+            unread = [row[start + length:] for row, start, length in zip(self.rows, starts, lengths)]
+            alike = len(set(map(len, unread))) == len(set(lengths)) == 1
+            if alike and len(set(map(tuple, unread))) == len(unread):
+                pieces = unread  # all go on from where they are, the last token with the others
+            else:
+                self.catch_up(behind)
+        idx = torch.tensor(pieces, device=self.device)  # (rows, T)
+        self.cache.extend(idx.size(1))
+        if idx.size(1) > 1:  # not by what was compiled for single tokens
+            return self.model.logits(self.model.hidden(idx, self.cache, last=True)[:, -1])
         if self.cache.static:
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed, its memory may be reused
         return self.model(idx, cache=self.cache)[0][:, -1]
 
     def catch_up(self, behind):
         """Read what the cache lacks of these rows, but for their last token. Rows that lack the same are read once."""
-        if len(self.rows) == 1 and self.cache.lengths[0]:  # a conversation: go on from where it is
-            unread = self.rows[0][self.starts[0] + self.cache.lengths[0]:-1]
-            self.cache.extend(len(unread))
-            self.model.hidden(torch.tensor([unread], device=self.device), self.cache)
-            return
         pieces = [tuple(self.rows[r][self.starts[r]:-1]) for r in behind]
         distinct = list(dict.fromkeys(pieces))
         width = max(map(len, distinct))
@@ -118,10 +121,10 @@ class Sampling:
             p = p.masked_fill(p < self.min_p * p[:, :1], 0)
         edges = p.cumsum(dim=-1)  # (B, k)
         total = edges[:, -1:]
-        chosen = (edges <= uniform[:, None] * total).sum(dim=-1, keepdim=True)
+        chosen = torch.searchsorted(edges, uniform[:, None] * total, right=True)  # how many edges lie below it, or at it
         if ids is not None:
-            chosen = ids.gather(-1, chosen)
-        return torch.where(total.isnan(), -1, chosen).squeeze(-1)
+            chosen = ids.gather(-1, chosen.clamp_(max=k - 1))  # nan lies above every edge
+        return chosen.masked_fill_(total.isnan(), -1).squeeze(-1)
 
 
 def uniforms(n, key):

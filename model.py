@@ -125,12 +125,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, angles=None, cache=None, layer=0):
-        y = self.attend(self.c_attn(x), mask, angles, cache, layer)
+    def forward(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
+        y = self.attend(self.c_attn(x), mask, angles, cache, layer, last)
         return self.resid_dropout(self.c_proj(y))
 
-    def attend(self, qkv, mask, angles, cache, layer):
-        """Queries, keys and values side by side, (B, T, C + 2 nkv hs) -> what the heads gather, side by side, (B, T, C)."""
+    def attend(self, qkv, mask, angles, cache, layer, last):
+        """Queries, keys and values side by side, (B, T, C + 2 nkv hs) -> what the heads gather, side by side, (B, T, C); that of the
+        last position alone, (B, 1, C), if `last`."""
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, -1).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
         q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -140,8 +141,10 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # those of everything read so far, S positions of it
+        if last:
+            q, mask = q[:, :, -1:], None if mask is None else mask[..., -1:, :]
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, T, -1)
+        return y.transpose(1, 2).reshape(B, -1, y.size(1) * y.size(3))
 
 
 class MLP(nn.Module):
@@ -176,10 +179,10 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, angles=None, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), mask, angles, cache, layer)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+    def forward(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
+        y = self.attn(self.ln_1(x), mask, angles, cache, layer, last)
+        x = (x[:, -1:] if last else x) + y
+        return x + self.mlp(self.ln_2(x))
 
 
 class KVCache:
@@ -287,9 +290,10 @@ class GPT(nn.Module):
                 assert name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight', 'c_attn.weight', 'c_fc.weight')), name
                 nn.init.normal_(parameter, std=std)
 
-    def hidden(self, idx, cache=None):
-        """idx: (B, T) int64 token ids, T <= block_size -> the final hidden states, (B, T, C). With a KVCache, extended by T, idx
-        continues what was read before. Raises ValueError if T exceeds block_size."""
+    def hidden(self, idx, cache=None, last=False):
+        """idx: (B, T) int64 token ids, T <= block_size -> the final hidden states, (B, T, C); of the last position alone, (B, 1, C),
+        if `last`: most of the last layer's work is left out then. With a KVCache, extended by T, idx continues what was read
+        before. Raises ValueError if T exceeds block_size."""
         T, config = idx.size(1), self.config
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
@@ -305,7 +309,7 @@ class GPT(nn.Module):
             mask = alibi_mask(positions, T if cache is None else cache.end, mask, config.n_head, dtype)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, angles, cache, layer)
+            x = block(x, mask, angles, cache, layer, last and T > 1 and layer + 1 == config.n_layer)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -320,9 +324,9 @@ class GPT(nn.Module):
         of the last position only, (B, 1, V), and None. with_logits=False leaves logits out, None in their place, so that those of
         a large vocabulary are never in memory all at once.
         """
-        x = self.hidden(idx, cache)
         if targets is None:
-            return self.logits(x[:, -1:]), None
+            return self.logits(self.hidden(idx, cache, last=True)), None
+        x = self.hidden(idx, cache)
         if not with_logits and targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE:
             return None, self.loss_in_pieces(x, targets)
         logits = self.logits(x)
