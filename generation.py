@@ -64,7 +64,7 @@ class Context:
                 pieces = unread  # all go on from where they are, the last token with the others
             else:
                 self.catch_up(behind)
-        idx = torch.tensor(pieces, device=self.device)  # (rows, T)
+        idx = torch.as_tensor(np.array(pieces), device=self.device)  # (rows, T)
         self.cache.extend(idx.size(1))
         if idx.size(1) > 1:  # not by what was compiled for single tokens
             return self.model.logits(self.model.hidden(idx, self.cache, last=True)[:, -1])

@@ -24,7 +24,7 @@ COPIES = 5  # that a single row may be multiplied as: on some processors oneDNN 
 
 def pack(model, device, dtype, quantize=''):
     """Prepare a model on `device`, in place, for reading only: it is in eval mode then, and cannot be trained, saved or moved any
-    more. Linear layers get the better layout; on a CPU blocks become DirectBlocks.
+    more. Linear layers get the better layout; on a CPU layers are called directly.
 
     dtype: that products run in. quantize: 'int8', or '' for none. The embedding table stays as it is. Where a device has no
     better layout than torch's own, the matrices stay as they are. Raises UserError if int8 is not to be had.
@@ -54,12 +54,25 @@ def pack(model, device, dtype, quantize=''):
     choose_copies([module for module in model.modules() if isinstance(module, PackedLinear)])
     if device.type == 'cpu':
         model.transformer.h = nn.ModuleList(map(DirectBlock, model.transformer.h))
+        for name in {'wte', 'wpe', 'ln_f'} & set(model.transformer):
+            model.transformer[name] = Direct(model.transformer[name])
+
+
+class Direct(nn.Module):
+    """A layer that, called, is nothing but its function: in a small model that takes microseconds, of which nn.Module's way of
+    calling it, by way of __call__, is a good part."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.function = layer.weight, function_of(layer)
+
+    def __call__(self, x):
+        return self.function(x)
 
 
 class DirectBlock(nn.Module):
-    """model.Block, for reading only, with the functions of its layers at hand: in a small model they take microseconds, and
-    nn.Module's way of calling them is a good part of a step. Texts and positions are one dimension in it, and what the layers add
-    to the residual stream is added in place."""
+    """model.Block, for reading only, with the functions of its layers at hand, as in Direct. Texts and positions are one dimension
+    in it, and what the layers add to the residual stream is added in place."""
 
     def __init__(self, block):
         super().__init__()
@@ -69,7 +82,7 @@ class DirectBlock(nn.Module):
         self.qkv, self.attend, self.add_attention = function_of(block.attn.c_attn), block.attn.attend, adding(block.attn.c_proj)
         self.fc, self.activate, self.add_mlp = function_of(block.mlp.c_fc), block.mlp.activate, adding(block.mlp.c_proj)
 
-    def forward(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
+    def __call__(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
         B, T, C = x.shape
         qkv = self.qkv(self.norm_1(x.view(-1, C)))
         y = self.attend(qkv.view(B, T, -1), mask, angles, cache, layer, last)  # (B, 1 or T, C)
@@ -86,13 +99,17 @@ def gelu(x):
 
 
 def function_of(layer):
-    """What a layer computes, x (rows, in) -> (rows, out), without its hooks and without looking up its parameters by name."""
+    """What a layer computes, x -> y, without its hooks and without looking up its parameters by name; a linear layer's x is
+    (rows, in)."""
     if isinstance(layer, nn.Linear):
         weight, bias = transposed(layer), layer.bias
         return (lambda x: torch.mm(x, weight)) if bias is None else lambda x: torch.addmm(bias, x, weight)
     if isinstance(layer, nn.LayerNorm):
         rest = layer.normalized_shape, layer.weight, layer.bias, layer.eps
         return lambda x: torch.layer_norm(x, *rest)
+    if isinstance(layer, nn.Embedding):
+        table = layer.weight
+        return lambda ids: F.embedding(ids, table)
     return layer.forward
 
 
