@@ -6,7 +6,7 @@ time, and the cache of keys and values has to be filled anew only once in half a
 start, as in training; this holds for every kind of position embedding.
 
 What a sample depends on: the model, its own prompt, the settings, the seed and its own number. Not on what else is drawn in
-the same batch, nor on how often the cache was filled anew; but sums are rounded differently in batches of different sizes, which
+the same batch, nor on how often the cache was filled anew; but sums are rounded differently in batches of other sizes or lengths, which
 in bfloat16 and 8 bits is coarse enough to now and then draw another token.
 """
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Context:
                 pieces = unread  # all go on from where they are, the last token with the others
             else:
                 self.catch_up(behind)
-        idx = torch.as_tensor(np.array(pieces), device=self.device)  # (rows, T)
+        idx = torch.as_tensor(np.array(pieces, dtype=np.int64), device=self.device)  # (rows, T)
         self.cache.extend(idx.size(1))
         if idx.size(1) > 1:  # not by what was compiled for single tokens
             return self.model.logits(self.model.hidden(idx, self.cache, last=True)[:, -1])

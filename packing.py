@@ -59,8 +59,8 @@ def pack(model, device, dtype, quantize=''):
 
 
 class Direct(nn.Module):
-    """A layer that, called, is nothing but its function: in a small model that takes microseconds, of which nn.Module's way of
-    calling it, by way of __call__, is a good part."""
+    """A layer that, called, is nothing but its function: in a small model that takes microseconds, of which nn.Module's own __call__,
+    which looks for hooks first, is a good part."""
 
     def __init__(self, layer):
         super().__init__()
@@ -93,8 +93,10 @@ class DirectBlock(nn.Module):
 
 
 def gelu(x):
-    """F.gelu of x (rows, C), C even, as torch computes it itself. What is contiguous it hands to oneDNN, whose call takes longer than
-    all else about a few rows; so this way round the numbers lie otherwise, in name."""
+    """F.gelu of x (rows, C), C even, a few rows of it as torch computes it itself. What is contiguous it hands to oneDNN, which is the
+    faster for many, but whose call takes longer than all else about a few; so they are given as a transposed matrix."""
+    if len(x) > 16:
+        return F.gelu(x)
     return F.gelu(x.view(2, -1).t()).t().view(x.shape)
 
 
@@ -114,18 +116,23 @@ def function_of(layer):
 
 
 def transposed(layer):
-    """A linear layer's weights, (in, out); small ones laid out so, as MKL multiplies a few rows by them up to a quarter faster then."""
-    weight = layer.weight.detach().t()
-    return weight.contiguous() if weight.numel() < SMALLEST else weight
+    """A linear layer's weights, (in, out); small ones laid out so, by which MKL multiplies a few rows up to a quarter faster."""
+    if layer.weight.numel() < SMALLEST:
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t(), requires_grad=False)  # not beside it
+    return layer.weight.detach().t()
 
 
 def adding(layer):
     """The function x, y -> None that adds layer(y) to x."""
-    if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:  # in one go; autocast would round x to what is narrower
+    if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:  # in one go, for which x and the weights must be of one type
         weight, bias = transposed(layer), layer.bias
         return (lambda x, y: x.addmm_(y, weight)) if bias is None else lambda x, y: x.add_(bias).addmm_(y, weight)
     function = function_of(layer)
-    return lambda x, y: x.add_(function(y))
+
+    def add(x, y):
+        y = function(y)  # before x.add_ is looked up, or torch.compile warns of it
+        x.add_(y)
+    return add
 
 
 class PackedLinear(nn.Module):

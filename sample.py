@@ -123,9 +123,9 @@ if compile:
     with autocast(device, dtype):
         context = Context(model, batch_size, model.config.block_size, static=True)
 
-    def trial():
+    def trial():  # of one token at a time, as more are read by what is not compiled; of two, as the second is recorded on CUDA
         with autocast(device, dtype):
-            for _ in generate(model, [make_sample(encoded[0])] * batch_size, 2, sampling, context=context, static=True):
+            for _ in generate(model, [Sample(encoded[0][-1:]) for _ in range(batch_size)], 2, sampling, context=context, static=True):
                 pass
     if not compile_or_stay_eager(model, trial, **decoding_options(device)):
         context = None

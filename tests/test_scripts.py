@@ -106,6 +106,16 @@ def test_compiled_drawing(trained, tmp_path):
         assert 'ecompil' not in compiled.stderr, compiled.stderr
 
 
+def test_a_missing_compiler_is_found_out_before_drawing(trained, tmp_path):
+    """Also where the first tokens are not drawn by what is compiled: those after a prompt of several, and of a text that ends at once."""
+    start, without = CHARS[:3], {'CXX': '/nowhere/c++', 'PATH': '/nowhere', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5', f'--start={start}')
+    for stops in ([], [f'--stop={character}' for character in CHARS]):
+        result = run('sample.py', *arguments, *stops, '--compile=True', cwd=tmp_path, **without)
+        assert result.returncode == 0 and result.stdout == run_forked_ok('sample.py', *arguments, *stops, cwd=tmp_path)
+        assert result.stderr.startswith('warning: torch') and result.stderr.count('\n') == 1, result.stderr
+
+
 def test_conversation(trained, tmp_path):
     common = (f'--out_dir={trained / "out"}', '--device=cpu', '--interactive=True', '--max_new_tokens=10', '--temperature=0')
     command = [os.sys.executable, str(REPO / 'sample.py'), *common]
