@@ -233,8 +233,12 @@ def bench_decoding(device, dtype):
     width = 1 if quantize else dtype.itemsize  # bytes
     model.to(device)
     static = compile and 'compile' in config.given
+    models = {num_samples: model, 1: model}  # by the number of texts drawn at once
     if quantize or not (static and device.type == 'cpu'):  # as in sample.py
-        pack(model, device, dtype, quantize)
+        if num_samples > 1 and device.type == 'cpu' and dtype == torch.float32 and not quantize:
+            models[1] = copy.deepcopy(model)  # as a single text may want another layout
+            pack(models[1], device, dtype, alone=True)
+        pack(model, device, dtype, quantize, alone=num_samples == 1)
     else:
         width = 4
     print(f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
@@ -251,7 +255,7 @@ def bench_decoding(device, dtype):
                 contexts[n] = Context(model, n, block_size, static=True)
             elif static:
                 contexts[n].forget()
-            tokens = generate(model, samples, max_new_tokens, Sampling(temperature=0), context=contexts.get(n), static=static)
+            tokens = generate(models[n], samples, max_new_tokens, Sampling(temperature=0), context=contexts.get(n), static=static)
             next(tokens)
             first = time.perf_counter() - start
             for _ in tokens:
@@ -309,7 +313,7 @@ def bench_decoding(device, dtype):
             print(f'batch {size}: {theirs / ours:.2f} times as fast as {baseline}, '
                   f'{"the same tokens" if ids["", size] == ids[baseline, size] else "other tokens"}')
     print(f'memory reads {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})'
-          + (f', peak memory {memory / 2**20:,.0f} MiB' if memory else ''))
+          + (f', peak memory {memory / 2**20:,.0f} MiB{" of both layouts" if models[1] is not model else ""}' if memory else ''))
 
 
 def make_rival(model, device, dtype):

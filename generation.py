@@ -66,11 +66,10 @@ class Context:
                 self.catch_up(behind)
         idx = torch.as_tensor(np.array(pieces, dtype=np.int64), device=self.device)  # (rows, T)
         self.cache.extend(idx.size(1))
-        if idx.size(1) > 1:  # not by what was compiled for single tokens
-            return self.model.logits(self.model.hidden(idx, self.cache, last=True)[:, -1])
-        if self.cache.static:
+        if self.cache.static and idx.size(1) == 1:  # what may be compiled
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed, its memory may be reused
-        return self.model(idx, cache=self.cache)[0][:, -1]
+            return self.model(idx, cache=self.cache)[0][:, -1]
+        return self.model.logits(self.model.hidden(idx, self.cache, last=True)[:, -1])
 
     def catch_up(self, behind):
         """Read what the cache lacks of these rows, but for their last token. Rows that lack the same are read once."""

@@ -120,21 +120,20 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.qk_norm = config.n_head, config.kv_heads, config.qk_norm
         self.dropout = config.dropout
-        heads = self.n_head + 2 * self.n_kv_head
-        self.c_attn = nn.Linear(config.n_embd, heads * config.n_embd // config.n_head, bias=config.bias)  # q, k and v in one product
+        self.heads = self.n_head + 2 * self.n_kv_head  # of q, k and v together
+        self.c_attn = nn.Linear(config.n_embd, self.heads * config.n_embd // config.n_head, bias=config.bias)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
-        y = self.attend(self.c_attn(x), mask, angles, cache, layer, last)
-        return self.resid_dropout(self.c_proj(y))
+        B, T, _ = x.shape
+        y = self.attend(self.c_attn(x).view(B, T, self.heads, -1), mask, angles, cache, layer, last)
+        return self.resid_dropout(self.c_proj(y.flatten(2)))
 
-    def attend(self, qkv, mask, angles, cache, layer, last):
-        """Queries, keys and values side by side, (B, T, C + 2 nkv hs) -> what the heads gather, side by side, (B, T, C); that of the
-        last position alone, (B, 1, C), if `last`."""
-        B, T, _ = qkv.shape
-        heads = qkv.view(B, T, self.n_head + 2 * self.n_kv_head, -1).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+    def attend(self, heads, mask, angles, cache, layer, last):
+        """Heads of queries, keys and values side by side, (B, T, nh + 2 nkv, hs) -> what those of the queries gather, (B, T, nh, hs);
+        that of the last position alone, (B, 1, nh, hs), if `last`."""
+        q, k, v = heads.transpose(1, 2).split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, …, T, hs)
         if self.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (q, k))
         if angles is not None:
@@ -143,8 +142,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(layer, k, v)  # those of everything read so far, S positions of it
         if last:
             q, mask = q[:, :, -1:], None if mask is None else mask[..., -1:, :]
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, -1, y.size(1) * y.size(3))
+        return attention(q, k, v, mask, self.dropout if self.training else 0.0).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -298,19 +296,20 @@ class GPT(nn.Module):
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
         positions, mask = (torch.arange(T, device=idx.device), None) if cache is None else (cache.positions, cache.mask)
-        x = self.transformer.wte(idx)
+        parts = self.transformer
+        x = parts.wte(idx)
         dtype = torch.promote_types(x.dtype, torch.float32)
         angles = None
         if config.pos == 'learned':
-            x = x + self.transformer.wpe(positions)
+            x = x + parts.wpe(positions)
         elif config.pos == 'rope':
             angles = rope_angles(positions, config.n_embd // config.n_head, dtype)
         elif config.pos == 'alibi':
             mask = alibi_mask(positions, T if cache is None else cache.end, mask, config.n_head, dtype)
-        x = self.transformer.drop(x)
-        for layer, block in enumerate(self.transformer.h):
+        x = parts.drop(x)
+        for layer, block in enumerate(parts.h):
             x = block(x, mask, angles, cache, layer, last and T > 1 and layer + 1 == config.n_layer)
-        return self.transformer.ln_f(x)
+        return parts.ln_f(x)
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V)."""

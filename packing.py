@@ -2,15 +2,19 @@
 
 Drawing a token reads every weight once and multiplies it by a handful of numbers, so its time is the time to read the
 weights. On a CPU, torch's own product of such thin matrices reads them at a fraction of the memory's speed; oneDNN's and
-FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. On other devices the weights are
-converted to the precision that their products run in, which halves what is read.
+FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. For a single row torch's own can come
+closest, over matrices that are transposed. On other devices the weights are converted to the precision that their products run
+in, which halves what is read.
 
     pack(model, device, dtype)                   float32 or bfloat16, the same products as in training up to rounding
+    pack(model, device, dtype, alone=True)       the same, for one text at a time
     pack(model, device, dtype, 'int8')           8-bit weights on a CPU: a quarter of the reading, and a little loss
 """
 import math
+import platform
 import time
 import warnings
+from contextlib import suppress
 
 import torch
 import torch.nn as nn
@@ -22,12 +26,13 @@ SMALLEST = 2**17  # weights; smaller matrices stay in the cache, and torch's own
 COPIES = 5  # that a single row may be multiplied as: on some processors oneDNN reads the weights faster then than for one row
 
 
-def pack(model, device, dtype, quantize=''):
+def pack(model, device, dtype, quantize='', alone=False):
     """Prepare a model on `device`, in place, for reading only: it is in eval mode then, and cannot be trained, saved or moved any
     more. Linear layers get the better layout; on a CPU layers are called directly.
 
-    dtype: that products run in. quantize: 'int8', or '' for none. The embedding table stays as it is. Where a device has no
-    better layout than torch's own, the matrices stay as they are. Raises UserError if int8 is not to be had.
+    dtype: that products run in. quantize: 'int8', or '' for none. alone: texts will be drawn one at a time, so that the product of a
+    single row counts. The embedding table stays as it is. Where a device has no better layout than torch's own, the matrices stay
+    as they are. Raises UserError if int8 is not to be had.
     """
     if quantize == 'int8' and (device.type != 'cpu' or 'fbgemm' not in torch.backends.quantized.supported_engines):
         raise UserError(f'--quantize=int8: runs on x86 processors only, not on this {device.type} device; leave it out')
@@ -39,6 +44,7 @@ def pack(model, device, dtype, quantize=''):
     mkldnn = torch.ops.mkldnn
     onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
               and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
+    transpose = alone and device.type == 'cpu' and dtype == torch.float32 and mkl_is_at_home()
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Dropout):
@@ -47,15 +53,32 @@ def pack(model, device, dtype, quantize=''):
                 continue
             elif quantize:
                 setattr(module, name, Int8Linear(layer))
-            elif onednn and layer.weight.numel() >= SMALLEST:
+            elif onednn and layer.weight.numel() >= SMALLEST and not transpose:
                 setattr(module, name, PackedLinear(layer, dtype))
-            elif layer.weight.dtype != dtype:
-                layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)  # a head tied to the embedding gets a copy
+            else:
+                weight = layer.weight.detach().to(dtype)
+                if transpose or device.type == 'cpu' and weight.numel() < SMALLEST:  # where MKL takes a quarter less for a few rows
+                    weight = weight.t().contiguous().t()
+                layer.weight = nn.Parameter(weight, requires_grad=False)  # a head tied to the embedding gets a copy, if this is one
     choose_copies([module for module in model.modules() if isinstance(module, PackedLinear)])
     if device.type == 'cpu':
         model.transformer.h = nn.ModuleList(map(DirectBlock, model.transformer.h))
         for name in {'wte', 'wpe', 'ln_f'} & set(model.transformer):
             model.transformer[name] = Direct(model.transformer[name])
+
+
+def mkl_is_at_home():
+    """Does torch multiply by MKL here, on a processor by Intel, for which MKL is made?
+
+    Such a processor multiplies a single row by MKL as fast as it reads the transposed matrix, by oneDNN a fifth slower. The difference
+    shows within a whole step, and hardly in a trial of the products alone; and as the two round differently, chance should not
+    decide between them. So the processor's maker does.
+    """
+    if not torch.backends.mkl.is_available():
+        return False
+    with suppress(OSError), open('/proc/cpuinfo') as file:
+        return 'GenuineIntel' in file.read()
+    return 'GenuineIntel' in platform.processor()  # Windows
 
 
 class Direct(nn.Module):
@@ -80,22 +103,25 @@ class DirectBlock(nn.Module):
             block.mlp.activation = gelu
         self.norm_1, self.norm_2 = function_of(block.ln_1), function_of(block.ln_2)
         self.qkv, self.attend, self.add_attention = function_of(block.attn.c_attn), block.attn.attend, adding(block.attn.c_proj)
+        self.heads = block.attn.heads
         self.fc, self.activate, self.add_mlp = function_of(block.mlp.c_fc), block.mlp.activate, adding(block.mlp.c_proj)
 
     def __call__(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
         B, T, C = x.shape
-        qkv = self.qkv(self.norm_1(x.view(-1, C)))
-        y = self.attend(qkv.view(B, T, -1), mask, angles, cache, layer, last)  # (B, 1 or T, C)
-        x = x[:, -1:].reshape(-1, C) if last else x.view(-1, C)
-        self.add_attention(x, y.view(-1, C))
-        self.add_mlp(x, self.activate(self.fc(self.norm_2(x))))
-        return x.view(y.shape)
+        rows = x.view(-1, C)
+        heads = self.qkv(self.norm_1(rows)).view(B, T, self.heads, -1)
+        y = self.attend(heads, mask, angles, cache, layer, last)  # (B, T, nh, hs), or (B, 1, nh, hs)
+        if last:
+            rows = x[:, -1].contiguous()
+        self.add_attention(rows, y.reshape(-1, C))
+        self.add_mlp(rows, self.activate(self.fc(self.norm_2(rows))))
+        return rows.view(B, -1, C)
 
 
 def gelu(x):
     """F.gelu of x (rows, C), C even, a few rows of it as torch computes it itself. What is contiguous it hands to oneDNN, which is the
     faster for many, but whose call takes longer than all else about a few; so they are given as a transposed matrix."""
-    if len(x) > 16:
+    if x.size(0) > 16:
         return F.gelu(x)
     return F.gelu(x.view(2, -1).t()).t().view(x.shape)
 
@@ -104,28 +130,21 @@ def function_of(layer):
     """What a layer computes, x -> y, without its hooks and without looking up its parameters by name; a linear layer's x is
     (rows, in)."""
     if isinstance(layer, nn.Linear):
-        weight, bias = transposed(layer), layer.bias
+        weight, bias = layer.weight.detach().t(), layer.bias
         return (lambda x: torch.mm(x, weight)) if bias is None else lambda x: torch.addmm(bias, x, weight)
     if isinstance(layer, nn.LayerNorm):
         rest = layer.normalized_shape, layer.weight, layer.bias, layer.eps
         return lambda x: torch.layer_norm(x, *rest)
     if isinstance(layer, nn.Embedding):
         table = layer.weight
-        return lambda ids: F.embedding(ids, table)
+        return lambda ids: torch.embedding(table, ids)
     return layer.forward
-
-
-def transposed(layer):
-    """A linear layer's weights, (in, out); small ones laid out so, by which MKL multiplies a few rows up to a quarter faster."""
-    if layer.weight.numel() < SMALLEST:
-        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t(), requires_grad=False)  # not beside it
-    return layer.weight.detach().t()
 
 
 def adding(layer):
     """The function x, y -> None that adds layer(y) to x."""
     if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:  # in one go, for which x and the weights must be of one type
-        weight, bias = transposed(layer), layer.bias
+        weight, bias = layer.weight.detach().t(), layer.bias
         return (lambda x, y: x.addmm_(y, weight)) if bias is None else lambda x, y: x.add_(bias).addmm_(y, weight)
     function = function_of(layer)
 

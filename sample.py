@@ -71,9 +71,6 @@ with user_errors(ValueError, where='the tokenizer of the model: '):
     tokenizer = load_tokenizer(spec)
 if tokenizer.vocab_size > model.config.vocab_size:
     raise UserError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together')
-model.eval().to(device)
-if quantize or not (compile and device.type == 'cpu'):  # the compiler does not take packed layers, and is slower on a CPU
-    pack(model, device, dtype, quantize)
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=tokenizer.vocab_size)
 
 
@@ -116,10 +113,13 @@ encoded = [encode(prompt, place) for place, prompt in zip(places, prompts)]
 if interactive and len(prompts) > 1:
     raise UserError(f'--interactive=True: continues one prompt, not {len(prompts)}')
 
-# --- compilation ------------------------------------------------------------------------------------------------------
+# --- layout and compilation -------------------------------------------------------------------------------------------
+batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
+model.eval().to(device)
+if quantize or not (compile and device.type == 'cpu'):  # the compiler does not take packed layers, and is slower on a CPU
+    pack(model, device, dtype, quantize, alone=batch_size == 1)
 context = None  # what is compiled for is one batch of one size, kept from the first text to the last
 if compile:
-    batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
     with autocast(device, dtype):
         context = Context(model, batch_size, model.config.block_size, static=True)
 
