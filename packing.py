@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from configurator import UserError
 
-SMALLEST = 2**17  # weights; smaller matrices stay in the cache, and torch's own product has less overhead
+SMALLEST = 2**17  # weights; smaller matrices stay in the cache, and torch's own product has less overhead than oneDNN's
 COPIES = 5  # that a single row may be multiplied as: on some processors oneDNN reads the weights faster then than for one row
 
 
@@ -44,7 +44,9 @@ def pack(model, device, dtype, quantize='', alone=False):
     mkldnn = torch.ops.mkldnn
     onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
               and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
-    transpose = alone and device.type == 'cpu' and dtype == torch.float32 and mkl_is_at_home()
+    smallest = SMALLEST
+    if device.type == 'cpu' and dtype == torch.float32 and mkl_is_at_home():
+        smallest = math.inf if alone else 8 * SMALLEST
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Dropout):
@@ -53,12 +55,12 @@ def pack(model, device, dtype, quantize='', alone=False):
                 continue
             elif quantize:
                 setattr(module, name, Int8Linear(layer))
-            elif onednn and layer.weight.numel() >= SMALLEST and not transpose:
+            elif onednn and layer.weight.numel() >= smallest:
                 setattr(module, name, PackedLinear(layer, dtype))
             else:
                 weight = layer.weight.detach().to(dtype)
-                if transpose or device.type == 'cpu' and weight.numel() < SMALLEST:  # where MKL takes a quarter less for a few rows
-                    weight = weight.t().contiguous().t()
+                if device.type == 'cpu' and weight.numel() < smallest:
+                    weight = weight.t().contiguous().t()  # by which MKL multiplies a few rows up to a quarter faster
                 layer.weight = nn.Parameter(weight, requires_grad=False)  # a head tied to the embedding gets a copy, if this is one
     choose_copies([module for module in model.modules() if isinstance(module, PackedLinear)])
     if device.type == 'cpu':
@@ -70,9 +72,9 @@ def pack(model, device, dtype, quantize='', alone=False):
 def mkl_is_at_home():
     """Does torch multiply by MKL here, on a processor by Intel, for which MKL is made?
 
-    Such a processor multiplies a single row by MKL as fast as it reads the transposed matrix, by oneDNN a fifth slower. The difference
-    shows within a whole step, and hardly in a trial of the products alone; and as the two round differently, chance should not
-    decide between them. So the processor's maker does.
+    Such a processor multiplies a single row by MKL as fast as it reads the transposed matrix, by oneDNN a fifth slower; several rows
+    by MKL faster only with matrices of less than a million weights. The difference shows within a whole step, and hardly in a trial of
+    the products alone; and as the two round differently, chance should not decide between them. So the processor's maker does.
     """
     if not torch.backends.mkl.is_available():
         return False
