@@ -34,7 +34,7 @@ class Context:
     @torch.inference_mode()
     def __init__(self, model, rows, columns, static=False):
         """rows: how many. columns: length of the longest window that will be needed, at most block_size. static: as in KVCache,
-        for a compiled model."""
+        for a compiled model; what is compiled is not called otherwise."""
         weight = model.transformer.wte.weight
         self.model, self.device = model, weight.device
         self.autocast = torch.is_autocast_enabled(weight.device.type)

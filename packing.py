@@ -2,12 +2,12 @@
 
 Drawing a token reads every weight once and multiplies it by a handful of numbers, so its time is the time to read the
 weights. On a CPU, torch's own product of such thin matrices reads them at a fraction of the memory's speed; oneDNN's and
-FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. For a single row torch's own can come
-closest, over matrices that are transposed. On other devices the weights are converted to the precision that their products run
-in, which halves what is read.
+FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. On Intel's processors MKL, torch's own
+for float32, comes closest for a single row, over matrices that are transposed. On devices other than a CPU the weights are
+converted to the precision that their products run in, which halves what is read.
 
     pack(model, device, dtype)                   float32 or bfloat16, the same products as in training up to rounding
-    pack(model, device, dtype, alone=True)       the same, for one text at a time
+    pack(model, device, dtype, alone=True)       the same, for one text at a time: another layout for float32 on Intel's processors
     pack(model, device, dtype, 'int8')           8-bit weights on a CPU: a quarter of the reading, and a little loss
 """
 import math
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from configurator import UserError
 
 SMALLEST = 2**17  # weights; smaller matrices stay in the cache, and torch's own product has less overhead than oneDNN's
+AT_HOME = 8  # times as many where MKL is at home
 COPIES = 5  # that a single row may be multiplied as: on some processors oneDNN reads the weights faster then than for one row
 
 
@@ -45,8 +46,8 @@ def pack(model, device, dtype, quantize='', alone=False):
     onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
               and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
     smallest = SMALLEST
-    if device.type == 'cpu' and dtype == torch.float32 and mkl_is_at_home():
-        smallest = math.inf if alone else 8 * SMALLEST
+    if device.type == 'cpu' and dtype == torch.float32 and not quantize and mkl_is_at_home():
+        smallest = math.inf if alone else AT_HOME * SMALLEST
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Dropout):
@@ -57,11 +58,11 @@ def pack(model, device, dtype, quantize='', alone=False):
                 setattr(module, name, Int8Linear(layer))
             elif onednn and layer.weight.numel() >= smallest:
                 setattr(module, name, PackedLinear(layer, dtype))
-            else:
+            elif device.type == 'cpu' or layer.weight.dtype != dtype:
                 weight = layer.weight.detach().to(dtype)
                 if device.type == 'cpu' and weight.numel() < smallest:
                     weight = weight.t().contiguous().t()  # by which MKL multiplies a few rows up to a quarter faster
-                layer.weight = nn.Parameter(weight, requires_grad=False)  # a head tied to the embedding gets a copy, if this is one
+                layer.weight = nn.Parameter(weight, requires_grad=False)  # a head tied to the embedding becomes a matrix of its own
     choose_copies([module for module in model.modules() if isinstance(module, PackedLinear)])
     if device.type == 'cpu':
         model.transformer.h = nn.ModuleList(map(DirectBlock, model.transformer.h))
@@ -72,13 +73,13 @@ def pack(model, device, dtype, quantize='', alone=False):
 def mkl_is_at_home():
     """Does torch multiply by MKL here, on a processor by Intel, for which MKL is made?
 
-    Such a processor multiplies a single row by MKL as fast as it reads the transposed matrix, by oneDNN a fifth slower; several rows
-    by MKL faster only with matrices of less than a million weights. The difference shows within a whole step, and hardly in a trial of
-    the products alone; and as the two round differently, chance should not decide between them. So the processor's maker does.
+    The one that was measured multiplies a single row by MKL as fast as it reads the transposed matrix, by oneDNN a fifth slower;
+    several rows by MKL faster only where the matrix is small (BENCHMARKS.md). The difference shows within a whole step, and hardly in
+    a trial of the products alone; and as the two round differently, chance should not decide between them. So the maker does.
     """
     if not torch.backends.mkl.is_available():
         return False
-    with suppress(OSError), open('/proc/cpuinfo') as file:
+    with suppress(OSError), open('/proc/cpuinfo', errors='replace') as file:
         return 'GenuineIntel' in file.read()
     return 'GenuineIntel' in platform.processor()  # Windows
 
