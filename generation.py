@@ -47,8 +47,9 @@ class Context:
         n = len(self.cache.lengths)
         self.rows, self.starts, self.cache.lengths = [[] for _ in range(n)], [0] * n, [0] * n  # starts: of each row's window
 
-    def read(self, new):
-        """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them."""
+    def read(self, new, last=None):
+        """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them. last: the last of each row,
+        (rows,) int64, where the device has them already, so that they need not be sent there."""
         behind, block_size, starts, lengths = [], self.model.config.block_size, self.starts, self.cache.lengths
         for r, (row, ids) in enumerate(zip(self.rows, new)):
             row.extend(ids)
@@ -56,7 +57,7 @@ class Context:
                 starts[r], lengths[r] = window_start(len(row), block_size), 0
             if starts[r] + lengths[r] < len(row) - 1:
                 behind.append(r)  # the cache lacks more than the last token
-        pieces = [row[-1:] for row in self.rows]
+        pieces = [row[-1:] for row in self.rows] if last is None else None
         if behind:
             unread = [row[start + length:] for row, start, length in zip(self.rows, starts, lengths)]
             alike = len(set(map(len, unread))) == len(set(lengths)) == 1
@@ -64,7 +65,10 @@ class Context:
                 pieces = unread  # all go on from where they are, the last token with the others
             else:
                 self.catch_up(behind)
-        idx = torch.as_tensor(np.array(pieces, dtype=np.int64), device=self.device)  # (rows, T)
+        if pieces is None:
+            idx = last[:, None]
+        else:
+            idx = torch.as_tensor(np.array(pieces, dtype=np.int64), device=self.device)  # (rows, T)
         self.cache.extend(idx.size(1))
         if self.cache.static and idx.size(1) == 1:  # what may be compiled
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed, its memory may be reused
@@ -189,9 +193,9 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
         columns = model.config.block_size if static else max(len(sample.prompt) for sample in samples) + max_new_tokens
         context = Context(model, len(samples), columns, static)
     live, new = list(samples), [sample.prompt for sample in samples]
-    occurred = None
+    occurred = chosen = None
     for n in range(max_new_tokens):
-        logits = context.read(new)
+        logits = context.read(new, chosen)
         if sampling.repetition_penalty != 1:
             if occurred is None:
                 occurred = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
@@ -219,5 +223,5 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
             return
         if len(going) < len(live) and not static:
             context.keep(going)
-            live, new, draws = [live[r] for r in going], [new[r] for r in going], draws[going]
+            live, new, draws, chosen = [live[r] for r in going], [new[r] for r in going], draws[going], chosen[going]
             occurred = None if occurred is None else occurred[going]

@@ -66,8 +66,11 @@ def pack(model, device, dtype, quantize='', alone=False):
     choose_copies([module for module in model.modules() if isinstance(module, PackedLinear)])
     if device.type == 'cpu':
         model.transformer.h = nn.ModuleList(map(DirectBlock, model.transformer.h))
-        for name in {'wte', 'wpe', 'ln_f'} & set(model.transformer):
+        for name in {'wte', 'wpe', 'drop', 'ln_f'} & set(model.transformer):
             model.transformer[name] = Direct(model.transformer[name])
+        if isinstance(model.lm_head, nn.Linear):
+            head = model.lm_head.weight.detach().t()
+            model.lm_head = Direct(model.lm_head, lambda x: x @ head)  # x: (..., C)
 
 
 def mkl_is_at_home():
@@ -88,9 +91,9 @@ class Direct(nn.Module):
     """A layer that, called, is nothing but its function: in a small model that takes microseconds, of which nn.Module's own __call__,
     which looks for hooks first, is a good part."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, function=None):
         super().__init__()
-        self.weight, self.function = layer.weight, function_of(layer)
+        self.weight, self.function = getattr(layer, 'weight', None), function or function_of(layer)
 
     def __call__(self, x):
         return self.function(x)
