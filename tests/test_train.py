@@ -381,7 +381,9 @@ def test_a_final_evaluation_that_was_missed_is_made_up(workspace):
     before = metrics(workspace / 'out')
     output = run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
     after = metrics(workspace / 'out')
-    assert [r.pop('seconds') for r in after[1]] == pytest.approx([r.pop('seconds') for r in before[1]], abs=1e-3)
+    *kept, made_up = [r.pop('seconds') for r in after[1]]
+    *earlier, missed = [r.pop('seconds') for r in before[1]]
+    assert kept == earlier and made_up >= missed  # the clock goes on from the checkpoint's time, with what resuming took
     assert 'step 7: ' in output and after == before
     assert 'nothing to do' in run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
     run_forked_ok('train.py', *TINY, '--max_iters=9', '--init_from=resume', cwd=workspace)
