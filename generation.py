@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from configurator import UserError
 from dataloader import random_words
@@ -103,19 +104,21 @@ class Sampling:
     vocab_size: int | None = None  # ids from here on stand for no text, and are never chosen
 
     def choose(self, logits, uniform, occurred=None):
-        """logits (B, V), uniform (B,) in [0, 1), occurred (B, V) bool -> ids (B,); -1 where the logits are not numbers.
+        """logits (B, V), uniform (B,) in [0, 1), occurred (B, V) bool -> ids (B,). Where the logits are not numbers, it is the first
+        that is no id: vocab_size, or V.
 
         By inversion: of the probabilities side by side, the one that the row's uniform number falls into.
         """
         logits = logits[:, :self.vocab_size].float()
+        n_ids = logits.size(-1)
         if occurred is not None and self.repetition_penalty != 1:
             penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(occurred[:, :self.vocab_size], penalized, logits)
         if self.temperature < 1e-6:  # so small a divisor would overflow
             largest, chosen = logits.max(dim=-1)
-            return torch.where(largest.isnan(), -1, chosen)
-        logits, ids, k = logits / self.temperature, None, min(self.top_k or logits.size(-1), logits.size(-1))
-        if k < logits.size(-1) or self.top_p < 1 or self.min_p > 0:
+            return torch.where(largest.isnan(), n_ids, chosen)
+        logits, ids, k = logits / self.temperature, None, min(self.top_k or n_ids, n_ids)
+        if k < n_ids or self.top_p < 1 or self.min_p > 0:
             logits, ids = logits.topk(k)  # likeliest first
         p = logits.softmax(dim=-1)
         if self.top_p < 1:
@@ -123,11 +126,11 @@ class Sampling:
         if self.min_p > 0:
             p = p.masked_fill(p < self.min_p * p[:, :1], 0)
         edges = p.cumsum(dim=-1)  # (B, k)
-        total = edges[:, -1:]
-        chosen = torch.searchsorted(edges, uniform[:, None] * total, right=True)  # how many edges lie below it, or at it
+        total = edges.narrow(-1, k - 1, 1)
+        chosen = torch.searchsorted(edges, uniform.unsqueeze(-1) * total, right=True)  # how many edges lie below it, or at it; nan: all k
         if ids is not None:
-            chosen = ids.gather(-1, chosen.clamp_(max=k - 1))  # nan lies above every edge
-        return chosen.masked_fill_(total.isnan(), -1).squeeze(-1)
+            chosen = F.pad(ids, (0, 1), value=n_ids).gather(-1, chosen)
+        return chosen.squeeze(-1)
 
 
 def uniforms(n, key):
@@ -203,10 +206,11 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
             for row, ids in zip(occurred, new):
                 row[ids] = True
         if n % DRAWS == 0:
-            draws = torch.stack([uniforms(DRAWS, (*sample.seed, n // DRAWS)) for sample in live]).to(context.device)  # (B, DRAWS)
-        chosen = sampling.choose(logits, draws[:, n % DRAWS], occurred)
+            draws = [uniforms(DRAWS, (*sample.seed, n // DRAWS)) for sample in live]
+            draws = torch.stack(draws, dim=1).to(context.device)  # (DRAWS, B)
+        chosen = sampling.choose(logits, draws[n % DRAWS], occurred)
         ids = chosen.tolist()  # waits for the device
-        if -1 in ids:
+        if max(ids) >= (sampling.vocab_size or logits.size(-1)):
             raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
         drawn = [None] * len(ids)
         if log_probs:
@@ -223,5 +227,5 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
             return
         if len(going) < len(live) and not static:
             context.keep(going)
-            live, new, draws, chosen = [live[r] for r in going], [new[r] for r in going], draws[going], chosen[going]
+            live, new, draws, chosen = [live[r] for r in going], [new[r] for r in going], draws[:, going], chosen[going]
             occurred = None if occurred is None else occurred[going]

@@ -127,22 +127,25 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
         B, T, _ = x.shape
-        y = self.attend(self.c_attn(x).view(B, T, self.heads, -1), mask, angles, cache, layer, last)
-        return self.resid_dropout(self.c_proj(y.flatten(2)))
+        heads = self.c_attn(x).view(B, T, self.heads, -1).transpose(1, 2)
+        y = self.attend(heads, mask, angles, cache, layer, last)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def attend(self, heads, mask, angles, cache, layer, last):
-        """Heads of queries, keys and values side by side, (B, T, nh + 2 nkv, hs) -> what those of the queries gather, (B, T, nh, hs);
-        that of the last position alone, (B, 1, nh, hs), if `last`."""
-        q, k, v = heads.transpose(1, 2).split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, …, T, hs)
+        """Heads of queries, keys and values side by side, (B, nh + 2 nkv, T, hs) -> what those of the queries gather, (B, nh, T, hs);
+        that of the last position alone, (B, nh, 1, hs), if `last`."""
+        q, k, v = heads.split_with_sizes((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (q, k))
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
-            k, v = cache.update(layer, k, v)  # those of everything read so far, S positions of it
+            changed = self.qk_norm or angles is not None
+            new = torch.cat((k, v), dim=1) if changed else heads.narrow(1, self.n_head, 2 * self.n_kv_head)  # without copying
+            k, v = cache.update(layer, new)  # those of everything read so far, S positions of it
         if last:
             q, mask = q[:, :, -1:], None if mask is None else mask[..., -1:, :]
-        return attention(q, k, v, mask, self.dropout if self.training else 0.0).transpose(1, 2)
+        return attention(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):
@@ -193,9 +196,9 @@ class KVCache:
     """
 
     def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
-        shape = (rows, config.kv_heads, columns, config.n_embd // config.n_head)
-        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-                                  for _ in range(2))  # zeros, as even a masked column must hold a number
+        shape = (rows, 2 * config.kv_heads, columns, config.n_embd // config.n_head)  # heads of keys, then of values
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype)  # zeros, as even a masked column must hold a number
+                       for _ in range(config.n_layer)]
         self.lengths = [0] * rows  # tokens in each row
         self.row_ids = torch.arange(rows, device=device)[:, None]
         self.column_ids = torch.arange(columns, device=device)
@@ -203,7 +206,7 @@ class KVCache:
         if static:
             self.static_positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self.static_mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
-            for tensor in (*self.keys, *self.values, self.static_positions, self.static_mask):
+            for tensor in (*self.layers, self.static_positions, self.static_mask):
                 torch._dynamo.mark_static_address(tensor, guard=False)  # so that a CUDA graph writes into it, rather than into a copy
 
     def extend(self, T):
@@ -225,28 +228,26 @@ class KVCache:
             self.mask = self.column_ids[:end] <= self.positions[:, None, :, None]  # (B, 1, T, S)
         self.lengths = [length + T for length in self.lengths]
 
-    def update(self, layer, k, v):
-        """Store the keys and values of the new tokens, (B, nkv, T, hs) each -> those of all tokens, (B, nkv, S, hs) each."""
-        keys, values = self.keys[layer], self.values[layer]
+    def update(self, layer, new):
+        """Store the keys and values of the new tokens, (B, 2 nkv, T, hs) -> those of all tokens, (B, nkv, S, hs) each."""
+        stored = self.layers[layer]
         if self.span is not None:
-            keys.narrow(2, *self.span).copy_(k)
-            values.narrow(2, *self.span).copy_(v)
+            stored.narrow(2, *self.span).copy_(new)
         else:
-            at = (self.row_ids, slice(None), self.positions)  # indexes to (B, T, nkv, hs)
-            keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
+            stored[self.row_ids, :, self.positions] = new.transpose(1, 2)  # indexes to (B, T, 2 nkv, hs)
+        return stored.narrow(2, 0, self.end).chunk(2, dim=1)
 
     def put(self, rows, other, other_rows):
         """Replace the contents of some rows by rows of another cache: rows[i] by other_rows[i]."""
         width = len(other.column_ids)
-        for mine, its in zip(self.keys + self.values, other.keys + other.values):
+        for mine, its in zip(self.layers, other.layers):
             mine[rows, :, :width] = its[other_rows]
         for row, other_row in zip(rows, other_rows):
             self.lengths[row] = other.lengths[other_row]
 
     def keep(self, rows):
         """Forget all rows but these."""
-        self.keys, self.values = ([stored[rows] for stored in layers] for layers in (self.keys, self.values))
+        self.layers = [stored[rows] for stored in self.layers]
         self.row_ids = self.row_ids[:len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 

@@ -115,11 +115,12 @@ class DirectBlock(nn.Module):
     def __call__(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
         B, T, C = x.shape
         rows = x.view(-1, C)
-        heads = self.qkv(self.norm_1(rows)).view(B, T, self.heads, -1)
-        y = self.attend(heads, mask, angles, cache, layer, last)  # (B, T, nh, hs), or (B, 1, nh, hs)
+        heads = self.qkv(self.norm_1(rows))
+        heads = heads.view(B, self.heads, 1, -1) if T == 1 else heads.view(B, T, self.heads, -1).transpose(1, 2)
+        y = self.attend(heads, mask, angles, cache, layer, last)  # (B, nh, T, hs), or (B, nh, 1, hs)
         if last:
             rows = x[:, -1].contiguous()
-        self.add_attention(rows, y.reshape(-1, C))
+        self.add_attention(rows, y.view(B, C) if T == 1 else y.transpose(1, 2).reshape(-1, C))
         self.add_mlp(rows, self.activate(self.fc(self.norm_2(rows))))
         return rows.view(B, -1, C)
 
@@ -129,7 +130,9 @@ def gelu(x):
     faster for many, but whose call takes longer than all else about a few; so they are given as a transposed matrix."""
     if x.size(0) > 16:
         return F.gelu(x)
-    return F.gelu(x.view(2, -1).t()).t().view(x.shape)
+    if x.size(0) == 1:
+        return F.gelu(x.view(2, -1).t()).t().view(1, -1)
+    return F.gelu(x.t()).t()
 
 
 def function_of(layer):

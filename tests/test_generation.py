@@ -150,11 +150,12 @@ def test_what_is_never_drawn():
     assert Sampling(0.01).choose(torch.tensor([[-100.0, 0.0, 0.0, -100.0]]).expand(3, -1), edges).tolist()[-1] == 2
 
 
-@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(1.0), Sampling(1.0, top_k=3, top_p=0.5, min_p=0.1)], ids=str)
+@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(0, vocab_size=4), Sampling(1.0), Sampling(1.0, vocab_size=4),
+                                      Sampling(1.0, top_k=3, top_p=0.5, min_p=0.1)], ids=str)
 def test_output_that_is_not_numbers(sampling):
     logits = torch.stack([torch.full((VOCAB,), math.nan), torch.zeros(VOCAB), torch.zeros(VOCAB)])
     logits[2, 3] = math.nan
-    assert (sampling.choose(logits, torch.full((3,), 0.5)) < 0).tolist() == [True, False, True]
+    assert (sampling.choose(logits, torch.full((3,), 0.5)) == (sampling.vocab_size or VOCAB)).tolist() == [True, False, True]
     model = make_model()
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.inf)
     with pytest.raises(UserError, match='not finite'):
