@@ -241,6 +241,7 @@ def bench_decoding(device, dtype):
         pack(model, device, dtype, quantize, alone=num_samples == 1)
     else:
         width = 4
+    keep_memory(device)
     print(f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
           f'{device.type}, {quantize or str(dtype).removeprefix("torch.")}', flush=True)
 

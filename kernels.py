@@ -37,8 +37,11 @@ def use_onednn_products(device):
 
 def keep_memory(device):
     """Let a CPU's process keep the memory it frees for the next step: to give it back to the system and to take it again, page by
-    page, costs a fifth of a small model's step. For glibc, elsewhere nothing happens. To be called before there are threads, as
-    mallopt(3) is not safe beside them."""
+    page, costs a fifth of a small model's step. For glibc, elsewhere nothing happens.
+
+    To be called while no other thread allocates memory, as mallopt(3) is not safe beside one; for drawing, after the weights have
+    been laid out, as what they were made from is better given back.
+    """
     if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h, in bytes
         mallopt = ctypes.CDLL(None).mallopt

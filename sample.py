@@ -14,6 +14,7 @@ from contextlib import suppress
 from configurator import UserError, configure, one_line, require, user_errors
 from dataloader import read_meta
 from generation import Context, Sample, Sampling, generate
+from kernels import keep_memory
 from origin import open_model
 from packing import pack
 from runtime import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
@@ -118,6 +119,7 @@ batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
 model.eval().to(device)
 if quantize or not (compile and device.type == 'cpu'):  # the compiler does not take packed layers, and is slower on a CPU
     pack(model, device, dtype, quantize, alone=batch_size == 1)
+keep_memory(device)
 context = None  # what is compiled for is one batch of one size, kept from the first text to the last
 if compile:
     with autocast(device, dtype):
