@@ -95,7 +95,7 @@ class Context:
 
 @dataclass
 class Sampling:
-    """How a token is chosen from logits. Applied in this order, which is Hugging Face's."""
+    """How a token is chosen from logits. Applied in this order, which is Hugging Face's. ValueError for shares out of range."""
     temperature: float = 1.0  # divides the logits; 0: the likeliest token
     top_k: int = 0  # only among the k likeliest; 0: all
     top_p: float = 1.0  # only among the likeliest that together have this probability (Holtzman et al. 2020); 1: all
@@ -103,9 +103,13 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens that occurred (Keskar et al. 2019)
     vocab_size: int | None = None  # ids from here on stand for no text, and are never chosen
 
+    def __post_init__(self):
+        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+            raise ValueError(f'top_p={self.top_p!r}, min_p={self.min_p!r}: must be above 0 and at most 1, and from 0 to 1')
+
     def choose(self, logits, uniform, occurred=None):
         """logits (B, V), uniform (B,) in [0, 1), occurred (B, V) bool -> ids (B,). Where the logits are not numbers, it is the first
-        that is no id: vocab_size, or V.
+        that is no id: vocab_size, or V if that is smaller.
 
         By inversion: of the probabilities side by side, the one that the row's uniform number falls into.
         """
@@ -210,7 +214,8 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
             draws = torch.stack(draws, dim=1).to(context.device)  # (DRAWS, B)
         chosen = sampling.choose(logits, draws[n % DRAWS], occurred)
         ids = chosen.tolist()  # waits for the device
-        if max(ids) >= (sampling.vocab_size or logits.size(-1)):
+        V = logits.size(-1)
+        if max(ids) >= min(sampling.vocab_size or V, V):
             raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
         drawn = [None] * len(ids)
         if log_probs:

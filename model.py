@@ -234,7 +234,8 @@ class KVCache:
         if self.span is not None:
             stored.narrow(2, *self.span).copy_(new)
         else:
-            stored[self.row_ids, :, self.positions] = new.transpose(1, 2)  # indexes to (B, T, 2 nkv, hs)
+            at = self.row_ids, slice(None), self.positions  # indexes to (B, T, 2 nkv, hs)
+            stored[at] = new.transpose(1, 2).to(stored.dtype)  # on CUDA, what is normalised is float32 even under autocast
         return stored.narrow(2, 0, self.end).chunk(2, dim=1)
 
     def put(self, rows, other, other_rows):

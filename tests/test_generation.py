@@ -1,5 +1,6 @@
 """Drawing tokens: the cache against computing everything again, a batch against each row alone, against Hugging Face's
 generate() and logits processors, and texts that end as they should."""
+import dataclasses
 import math
 import random
 
@@ -158,8 +159,28 @@ def test_output_that_is_not_numbers(sampling):
     assert (sampling.choose(logits, torch.full((3,), 0.5)) == (sampling.vocab_size or VOCAB)).tolist() == [True, False, True]
     model = make_model()
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.inf)
-    with pytest.raises(UserError, match='not finite'):
-        draw(model, [Sample([1])], 2, sampling)
+    for log_probs in (False, True):
+        for same_but in ({}, {'vocab_size': VOCAB + 9}):
+            with pytest.raises(UserError, match='not finite'):
+                draw(model, [Sample([1])], 2, dataclasses.replace(sampling, **same_but), log_probs=log_probs)
+
+
+@pytest.mark.parametrize('shares', [{'top_p': 0.0}, {'top_p': 1.1}, {'min_p': 1.1}, {'min_p': -0.1}], ids=str)
+def test_shares_that_leave_nothing(shares):
+    with pytest.raises(ValueError, match='must be above 0'):
+        make_model().generate(torch.tensor([[1]]), 1, **shares)
+
+
+@pytest.mark.parametrize('static', [False, True])
+def test_cache_takes_other_types(static):
+    """As it must on CUDA, where autocast computes a norm of bfloat16 in float32."""
+    cache = KVCache(make_model().config, 2, 8, dtype=torch.bfloat16, static=static)
+    cache.lengths = [3, 1]
+    cache.extend(1)
+    new = torch.randn(2, 2 * make_model().config.kv_heads, 1, cache.layers[0].size(-1))
+    keys, values = cache.update(0, new)
+    for row, column in enumerate((3, 1)):
+        assert torch.equal(torch.cat((keys, values), dim=1)[row, :, column], new[row, :, 0].bfloat16())
 
 
 def test_uniform_numbers_are_fixed_for_ever():
