@@ -25,7 +25,7 @@ from kernels import keep_memory, torch_products, use_onednn_products
 from model import GPT, GPTConfig
 from optim import make_optimizer
 from origin import to_hugging_face
-from packing import mkl_is_at_home, pack
+from packing import one_differs, pack
 from runtime import (
     Ranks,
     autocast,
@@ -235,8 +235,8 @@ def bench_decoding(device, dtype):
     static = compile and 'compile' in config.given
     models = {num_samples: model, 1: model}  # by the number of texts drawn at once
     if quantize or not (static and device.type == 'cpu'):  # as in sample.py
-        if num_samples > 1 and device.type == 'cpu' and dtype == torch.float32 and not quantize and mkl_is_at_home():
-            models[1] = copy.deepcopy(model)  # as a single text wants another layout there
+        if num_samples > 1 and one_differs(device, dtype, quantize):
+            models[1] = copy.deepcopy(model)
             pack(models[1], device, dtype, alone=True)
         pack(model, device, dtype, quantize, alone=num_samples == 1)
     else:

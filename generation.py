@@ -51,14 +51,13 @@ class Context:
     def read(self, new, last=None):
         """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them. last: the last of each row,
         (rows,) int64, where the device has them already, so that they need not be sent there."""
-        behind, block_size, starts, lengths = [], self.model.config.block_size, self.starts, self.cache.lengths
+        behind, pieces, block_size, starts, lengths = [], [], self.model.config.block_size, self.starts, self.cache.lengths
         for r, (row, ids) in enumerate(zip(self.rows, new)):
             row.extend(ids)
             if len(row) > starts[r] + block_size:
                 starts[r], lengths[r] = window_start(len(row), block_size), 0
             if starts[r] + lengths[r] < len(row) - 1:
                 behind.append(r)  # the cache lacks more than the last token
-        pieces = [row[-1:] for row in self.rows] if last is None else None
         if behind:
             unread = [row[start + length:] for row, start, length in zip(self.rows, starts, lengths)]
             alike = len(set(map(len, unread))) == len(set(lengths)) == 1
@@ -66,10 +65,11 @@ class Context:
                 pieces = unread  # all go on from where they are, the last token with the others
             else:
                 self.catch_up(behind)
-        if pieces is None:
-            idx = last[:, None]
+        if pieces or last is None:
+            pieces = np.array(pieces or [row[-1:] for row in self.rows], dtype=np.int64)
+            idx = torch.as_tensor(pieces, device=self.device)  # (rows, T)
         else:
-            idx = torch.as_tensor(np.array(pieces, dtype=np.int64), device=self.device)  # (rows, T)
+            idx = last[:, None]
         self.cache.extend(idx.size(1))
         if self.cache.static and idx.size(1) == 1:  # what may be compiled
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed, its memory may be reused

@@ -46,7 +46,7 @@ def pack(model, device, dtype, quantize='', alone=False):
     onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
               and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
     smallest = SMALLEST
-    if device.type == 'cpu' and dtype == torch.float32 and not quantize and mkl_is_at_home():
+    if one_differs(device, dtype, quantize):
         smallest = math.inf if alone else AT_HOME * SMALLEST
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
@@ -71,6 +71,11 @@ def pack(model, device, dtype, quantize='', alone=False):
         if isinstance(model.lm_head, nn.Linear):
             head = model.lm_head.weight.detach().t()
             model.lm_head = Direct(model.lm_head, lambda x: x @ head)  # x: (..., C)
+
+
+def one_differs(device, dtype, quantize=''):
+    """Does one text at a time want another layout than several, for these arguments of pack()?"""
+    return device.type == 'cpu' and dtype == torch.float32 and not quantize and mkl_is_at_home()
 
 
 def mkl_is_at_home():
@@ -127,7 +132,8 @@ class DirectBlock(nn.Module):
 
 def gelu(x):
     """F.gelu of x (rows, C), C even, a few rows of it as torch computes it itself. What is contiguous it hands to oneDNN, which is the
-    faster for many, but whose call takes longer than all else about a few; so they are given as a transposed matrix."""
+    faster for many, but whose call takes longer than all else about a few; so they are given as a transposed matrix, a single row as
+    its two halves."""
     if x.size(0) > 16:
         return F.gelu(x)
     if x.size(0) == 1:
