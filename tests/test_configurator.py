@@ -1,8 +1,14 @@
-"""Settings: order, types, names, help."""
-import pytest
-from conftest import REPO, run
+"""Settings: order, types, names, help; and what becomes of an error."""
+import os
+import shutil
+import subprocess
+import sys
 
-from configurator import Config, UserError, configure
+import pytest
+from conftest import REPO, environment, run_forked
+
+from configurator import Config, UserError, configure, read_settings
+from model import GPTConfig
 
 
 def settings():
@@ -66,7 +72,7 @@ def test_mistakes_in_a_config_file(tmp_path, text, words):
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'plot.py', 'data/text/prepare.py'])
 def test_help_explains_every_setting(script, tmp_path):
-    result = run(script, '--help', cwd=tmp_path)
+    result = run_forked(script, '--help', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.split('Settings, given as')[1].splitlines()[1:]
     assert len(lines) > 3
@@ -78,14 +84,12 @@ def test_help_explains_every_setting(script, tmp_path):
 
 @pytest.mark.parametrize('path', sorted((REPO / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_every_recipe_is_accepted(path):
-    """Against train.py's own defaults, read without running it."""
-    import ast
-    tree = ast.parse((REPO / 'train.py').read_text(encoding='utf-8'))
-    end = next(node.lineno for node in tree.body if isinstance(node, ast.Assign) and 'configure' in ast.dump(node))
-    head = [node for node in tree.body if isinstance(node, ast.Assign) and node.lineno < end]
-    defaults = {'__file__': str(REPO / 'train.py')}
-    exec(compile(ast.Module(body=head, type_ignores=[]), 'train.py', 'exec'), defaults)
-    assert configure(defaults, [str(path)]).given
+    """Against train.py's own defaults, read without running it, and by bench.py, which has other settings of its own."""
+    train = {'__file__': str(REPO / 'train.py'), **read_settings(REPO / 'train.py')}
+    config = configure(train, [str(path)], fields=GPTConfig)
+    assert config.given
+    bench = configure(read_settings(REPO / 'bench.py'), [str(path)], fields=GPTConfig, recipe='train.py')
+    assert all(bench[key] == config[key] for key in bench.given)
 
 
 def test_texts_add_up(tmp_path):
@@ -99,3 +103,90 @@ def test_texts_add_up(tmp_path):
     path.write_text('stop = 1', encoding='utf-8')
     with pytest.raises(UserError, match='stop must be a tuple of texts, not 1'):
         configure(settings(), [str(path)])
+
+
+# --- what a config file may do ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text', [
+    "exec(open(FOLDER + '/base.py').read())", 'from base import *', 'import base\nsteps, name = base.steps, base.name',
+    "globals().update(steps=20, name='b')", "for _k, _v in {'steps': 20, 'name': 'b'}.items(): globals()[_k] = _v",
+    "import runpy\nglobals().update({k: v for k, v in runpy.run_path(FOLDER + '/base.py').items() if k in ('steps', 'name')})",
+    "def _use():\n    global steps, name\n    steps, name = 20, 'b'\n_use()", 'import base as _b\nvars().update(vars(_b))',
+    "class _Base:\n    steps = 20\nsteps = _Base.steps\nname = [c for c in 'ab'][1]"])
+def test_whatever_is_assigned_counts(tmp_path, monkeypatch, text):
+    """By which way ever a setting got its value, it has it, and counts as given."""
+    monkeypatch.delitem(sys.modules, 'base', raising=False)
+    (tmp_path / 'base.py').write_text("steps = 20\nname = 'b'\n")
+    (tmp_path / 'c.py').write_text(f'_k = FOLDER = {str(tmp_path)!r}\n{text}\nrate = 0.5\n'.replace('FOLDER', '_FOLDER'))
+    config = configure(settings(), [str(tmp_path / 'c.py')])
+    assert (config['steps'], config['name'], config['rate']) == (20, 'b', 0.5) and config.given == {'steps', 'name', 'rate'}
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_setting_given_its_default_is_given(tmp_path):
+    (tmp_path / 'base.py').write_text('steps = 10\n')
+    (tmp_path / 'c.py').write_text(f'exec(open({str(tmp_path / "base.py")!r}).read())\n')
+    assert configure(settings(), [str(tmp_path / 'c.py')]).given == {'steps'}
+
+
+def test_a_typo_in_an_inherited_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, 'typo', raising=False)
+    (tmp_path / 'typo.py').write_text('stepz = 20\n')
+    for text in (f'exec(open({str(tmp_path / "typo.py")!r}).read())', 'from typo import *'):
+        (tmp_path / 'c.py').write_text(text)
+        with pytest.raises(UserError, match="unknown setting 'stepz'; the nearest is 'steps'"):
+            configure(settings(), [str(tmp_path / 'c.py')])
+
+
+def test_byte_order_mark_and_imported_names(tmp_path):
+    (tmp_path / 'c.py').write_bytes(b'\xef\xbb\xbfsteps = 3\r\nfrom math import pi, e as euler\r\nimport os.path\r\n')
+    assert configure(settings(), [str(tmp_path / 'c.py')]).given == {'steps'}
+
+
+def test_numbers_and_paths_of_other_kinds(tmp_path):
+    (tmp_path / 'c.py').write_text('import numpy as np\nfrom pathlib import Path\nsteps = np.int64(7)\nrate = np.float32(0.5)\n'
+                                   'flag = np.bool_(True)\nname = Path("a") / "b"\n')
+    config = configure(settings(), [str(tmp_path / 'c.py')])
+    assert config == {'rate': 0.5, 'steps': 7, 'name': os.path.join('a', 'b'), 'flag': True, 'maybe': None}
+    assert {type(config[key]) for key in ('steps', 'rate', 'flag')} == {int, float, bool}
+    assert configure(settings(), ['--steps=007'])['steps'] == 7 and configure(settings(), ['--rate=1_0'])['rate'] == 10
+
+
+def test_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    assert configure(settings(), ['--name=~/a'], paths=('name',))['name'] == str(tmp_path) + '/a'
+    assert configure(settings(), ['--name=~/a'])['name'] == '~/a', 'what is no path stays as it is'
+
+
+def test_fields_of_a_dataclass_are_settings(capsys):
+    """With the comments of their source, unless the script lists them itself."""
+    own = {'n_layer': 3, '__file__': __file__}
+    config = configure(own, ['--pos=rope'], fields=GPTConfig)
+    assert config['n_layer'] == own['n_layer'] == 3 and own['pos'] == 'rope' and config['qk_norm'] is False
+    with pytest.raises(SystemExit):
+        configure({'__file__': __file__}, ['--help'], fields=GPTConfig)
+    assert "--pos='learned'" in (text := capsys.readouterr().out) and 'one of POSITIONS' in text
+
+
+# --- what is left of an error -------------------------------------------------------------------------------------------
+
+def test_one_line_keeps_its_place(tmp_path):
+    """What was turned into one line, and running out of memory, name the last file and line of the project; a plain mistake does not."""
+    shutil.copy(REPO / 'configurator.py', tmp_path)
+    (tmp_path / 'deep.py').write_text('from configurator import user_errors\n\ndef work(kind):\n    raise kind("broken")\n')
+    (tmp_path / 'script.py').write_text('from configurator import UserError, configure, user_errors\nfrom deep import work\nkind = ""\n'
+                                        'configure(globals())\nif kind == "plain":\n    raise UserError("plain")\n'
+                                        'kinds = dict(value=ValueError, memory=MemoryError, file=FileNotFoundError)\n'
+                                        'with user_errors(ValueError, OSError, where="turned: "):\n    work(kinds[kind])\n')
+
+    def error(kind, **extra):
+        result = subprocess.run([sys.executable, 'script.py', f'--kind={kind}'], cwd=tmp_path, env=environment(**extra),
+                                capture_output=True, text=True)
+        assert result.returncode == 2
+        return result.stderr
+
+    assert error('value') == 'error: turned: broken [deep.py:4]\n'
+    assert error('memory').startswith('error: out of memory: ') and error('memory').endswith(' [deep.py:4]\n')
+    assert error('plain') == 'error: plain\n' and error('file') == 'error: turned: broken\n'
+    assert 'Traceback' in (whole := error('value', SAMGPT_TRACEBACK='1')) and whole.endswith('\nerror: turned: broken [deep.py:4]\n')
