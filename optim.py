@@ -4,6 +4,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
 from runtime import Ranks
 
 ALONE = Ranks()
@@ -11,82 +12,28 @@ ALONE = Ranks()
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-class AdamW:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) by torch's fused kernel: one call a group, whatever the number of tensors.
+def without_compiler(method):
+    """A method of torch's optimizers without the wrapper that imports torch's compiler, over a second of every start. The wrapper only
+    matters to programs that compile the step itself; where a torch has none, the method is what it is."""
+    return getattr(method, '__wrapped__', method)
 
-    The arithmetic and the state_dict are those of torch.optim.AdamW(fused=True); what is left out is torch.optim.Optimizer around
-    it, which imports the compiler whether it is used or not, over a second of every start. GradScaler takes this in its place.
-    """
 
-    def __init__(self, groups, lr, betas, eps=1e-8):
-        """groups: dicts with 'params', float32 tensors of one device, and 'weight_decay'."""
-        self.param_groups = [{'lr': lr, 'betas': betas, 'eps': eps, **group} for group in groups]
-        self.state = {p: self.buffers_for(p, group) for group in self.param_groups for p in group['params']}
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True), ready sooner (Loshchilov and Hutter 2019, algorithm 2): one kernel call per group. With a tensor
+    `found_inf` set, step() changes nothing where that is 1; see step_unless."""
+    buffer_names = {'step', 'exp_avg', 'exp_avg_sq'}
+    add_param_group, zero_grad, state_dict, load_state_dict = map(without_compiler, (
+        torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
+        torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
+    step = torch.no_grad()(without_compiler(torch.optim.AdamW.step))
 
-    def buffers_for(self, p, group):
-        """What is remembered of a parameter in a group, before the first update."""
-        return {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
+    def __init__(self, groups, lr, betas):
+        """groups: dicts with 'params', float32 tensors of one device, and what differs from lr and betas, such as 'weight_decay'."""
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
 
-    def parameters(self):
-        """All parameters, in the order of the groups."""
-        return [p for group in self.param_groups for p in group['params']]
-
-    @torch.no_grad()
-    def step(self, skip=None):
-        """One update from the gradients in .grad; parameters without one stay. skip: a tensor, True to change nothing after all,
-        so that gradients which are not finite can be passed over without waiting for the device to tell."""
-        if skip is not None and skip.device.type == 'cpu':  # where there is nothing to wait for
-            if skip:
-                return
-            skip = None
-        for group in self.param_groups:
-            self.step_group(group, skip)
-
-    def step_group(self, group, skip):
-        parameters = [p for p in group['params'] if p.grad is not None]
-        buffers = [self.state[p] for p in parameters]
-        steps, means, squares = ([buffer[name] for buffer in buffers] for name in ('step', 'exp_avg', 'exp_avg_sq'))
-        torch._foreach_add_(steps, 1)
-        beta1, beta2 = group['betas']
-        found_inf = None if skip is None else skip.float()
-        torch._fused_adamw_(parameters, [p.grad for p in parameters], means, squares, [], steps, lr=group['lr'],
-                            beta1=beta1, beta2=beta2, weight_decay=group['weight_decay'], eps=group['eps'],
-                            amsgrad=False, maximize=False, found_inf=found_inf)
-        if skip is not None:
-            torch._foreach_sub_(steps, [found_inf] * len(steps))
-
-    def zero_grad(self):
-        """Forget the gradients and give their memory back."""
-        for p in self.parameters():
-            p.grad = None
-
-    def state_dict(self):
-        """Buffers and hyperparameters, parameters by their number, as torch.optim writes them."""
-        numbers = {p: number for number, p in enumerate(self.parameters())}
-        return {'state': {numbers[p]: buffers for p, buffers in self.state.items()},
-                'param_groups': [{**group, 'params': [numbers[p] for p in group['params']]} for group in self.param_groups]}
-
-    def load_state_dict(self, saved):
-        """Take over saved buffers; the hyperparameters stay as this run has set them.
-
-        Raises ValueError if the buffers belong to other parameters, or are none of AdamW's.
-        """
-        state, groups = saved['state'], saved['param_groups']
-        if not (isinstance(state, dict) and all(isinstance(group, dict) and isinstance(group.get('params'), list) for group in groups)):
-            raise ValueError('it holds no state and groups of parameters')
-        counts, ours = ([len(group['params']) for group in some] for some in (groups, self.param_groups))
-        if counts != ours:
-            raise ValueError(f'it is of groups of {counts} parameters, the model has {ours}')
-        if not set(state) <= set(range(sum(counts))):
-            raise ValueError('it has buffers of parameters that the model does not have')
-        for number, p in enumerate(self.parameters()):
-            buffers = state.get(number, {name: torch.zeros_like(ours) for name, ours in self.state[p].items()})
-            if not isinstance(buffers, dict) or not self.state[p].keys() <= buffers.keys():
-                raise ValueError(f'the buffers of parameter {number} are not those of {type(self).__name__}')
-            for name, ours in self.state[p].items():
-                if not torch.is_tensor(buffers[name]) or buffers[name].shape != ours.shape:
-                    raise ValueError(f'{name} of parameter {number} is not a tensor of {tuple(ours.shape)}')
-                ours.copy_(buffers[name])
+    def buffers_of(self, group):
+        """Names of what is remembered of each parameter of a group."""
+        return self.buffer_names
 
 
 class Muon(AdamW):
@@ -97,34 +44,54 @@ class Muon(AdamW):
     that their iterations are a few batched products; several ranks share a stack out and exchange what they computed.
     """
 
-    def __init__(self, groups, lr, betas, ranks, dtype=torch.float32):
-        """groups: as for AdamW, and some of matrices only with 'momentum' and 'rows': for each matrix the numbers of rows after
-        which to cut it into matrices of their own. ranks: runtime.Ranks, of equal gradients. dtype: that the iteration runs in."""
-        self.ranks, self.dtype = ranks, dtype
+    def __init__(self, groups, lr, betas, rows=None, ranks=ALONE, dtype=torch.float32):
+        """groups: as for AdamW, and some of matrices only with 'momentum'. rows: {matrix: the numbers of rows after which to cut it into
+        matrices of their own}, for those that are to be cut. ranks: runtime.Ranks, of equal gradients. dtype: of the iteration."""
+        self.rows, self.ranks, self.dtype = rows or {}, ranks, dtype
         super().__init__(groups, lr, betas)
 
-    def buffers_for(self, p, group):
-        return {'momentum': torch.zeros_like(p)} if 'momentum' in group else super().buffers_for(p, group)
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own looks for buffers that matrices do not have
 
-    def step_group(self, group, skip):
-        if 'momentum' not in group:
-            return super().step_group(group, skip)
+    def buffers_of(self, group):
+        return {'momentum'} if 'momentum' in group else super().buffers_of(group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step from the gradients in .grad; parameters without one stay. closure: as in torch.optim, returns the loss."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if 'momentum' not in group]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if 'momentum' in group:
+                self.step_matrices(group, getattr(self, 'found_inf', None))
+        return loss
+
+    def step_matrices(self, group, found_inf):
+        """Muon's step of a group. found_inf: a tensor, 1 to change nothing after all, or None."""
         shapes = {}  # (m, n), m <= n, to the matrices of that shape and their transposes: the iteration is the same
-        for p, rows in zip(group['params'], group['rows']):
+        for p in group['params']:
             if p.grad is not None:
-                for matrix in zip(p.split(rows), p.grad.split(rows), self.state[p]['momentum'].split(rows)):
+                state, rows = self.state[p], self.rows.get(p, len(p))
+                if not state:
+                    state['momentum'] = torch.zeros_like(p)
+                for matrix in zip(p.split(rows), p.grad.split(rows), state['momentum'].split(rows)):
                     shapes.setdefault(tuple(sorted(matrix[0].shape)), []).append(matrix)
+        keep = None if found_inf is None else found_inf == 0
         for shape, matrices in shapes.items():
             weights, gradients, momenta = zip(*matrices)
-            if skip is not None:
-                gradients = [torch.where(skip, m, g) for g, m in zip(gradients, momenta)]  # which leaves the momentum as it is
+            if keep is not None:
+                gradients = [torch.where(keep, g, m) for g, m in zip(gradients, momenta)]  # which leaves the momentum as it is
             torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
             directions = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's: the gradient counts once more
             stack = self.orthogonalize(torch.stack([d if d.shape == shape else d.t() for d in directions]))  # (matrices, m, n)
             shrink = group['lr'] * group['weight_decay']
-            if skip is not None:
-                stack *= ~skip
-                shrink = shrink * ~skip
+            if keep is not None:
+                stack *= keep
+                shrink = shrink * keep
             if group['weight_decay']:
                 torch._foreach_mul_(weights, 1 - shrink)
             directions = [d if w.shape == shape else d.t() for w, d in zip(weights, stack)]
@@ -157,29 +124,90 @@ def orthogonalize(stack, dtype=torch.float32, steps=5):
     return x.to(stack.dtype)
 
 
-def make_optimizer(model, learning_rate, weight_decay, betas, kind='adamw', muon_learning_rate=0.02, muon_momentum=0.95,
-                   ranks=ALONE, dtype=torch.float32):
-    """The optimizer of a model. kind 'adamw': AdamW; 'muon': Muon for the matrices of the layers, AdamW for the rest.
+def step_unless(skip, optimizer):
+    """One step of any torch.optim.Optimizer, unless `skip`, a tensor on the model's device, is True.
 
-    Matrices and embeddings decay, biases and gains do not. A group's learning rate is its 'lr_scale' times the run's. ranks and
-    dtype: as for Muon, whose iteration runs in bfloat16 if that is the dtype of the run, in float32 otherwise.
-    For AdamW, the order of groups and parameters is nanoGPT's, so that the optimizer state in its checkpoints fits.
+    An optimizer that can be told to come to nothing (those whose kernel takes `found_inf`) is, so that nobody waits for an accelerator
+    to tell: on CUDA, as the kernel for MPS takes found_inf and makes nothing of it. All others are called only if there is something to do.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a tied matrix appears once
-    hidden = {p: name for name, p in named if kind == 'muon' and p.dim() == 2 and name.startswith('transformer.h.')}
-    groups = [
-        {'params': [p for _, p in named if p.dim() >= 2 and p not in hidden], 'weight_decay': weight_decay, 'lr_scale': 1.0},
-        {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0, 'lr_scale': 1.0},
-    ]
-    if kind == 'muon':
-        rows = [qkv_rows(p) if name.endswith('c_attn.weight') else [len(p)] for p, name in hidden.items()]
-        groups.append({'params': list(hidden), 'rows': rows, 'weight_decay': weight_decay, 'momentum': muon_momentum,
-                       'lr_scale': muon_learning_rate / learning_rate})
-    everything = [p for group in groups for p in group['params']]
-    assert len(everything) == len(set(everything)) and set(everything) == {p for _, p in named}
-    if kind == 'muon':
-        return Muon(groups, learning_rate, betas, ranks, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    return AdamW(groups, learning_rate, betas)
+    if skip.device.type == 'cuda' and getattr(optimizer, '_step_supports_amp_scaling', False):
+        optimizer.grad_scale, optimizer.found_inf = None, skip.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif not skip:
+        optimizer.step()
+
+
+def load_optimizer_state(optimizer, saved):
+    """Give an optimizer the buffers of a saved state_dict, which may come from anyone; the hyperparameters stay as this run has set them.
+
+    ValueError if the groups are others, or the buffers are not those of its parameters.
+    """
+    ours, theirs = (state['param_groups'] for state in (optimizer.state_dict(), saved))
+    if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
+        raise ValueError('it has other groups of parameters than the model')
+    numbers = [number for group in theirs for number in group['params']]
+    if not set(saved['state']) <= set(numbers) or len(set(numbers)) != len(numbers):
+        raise ValueError('it has buffers of parameters that the model does not have')
+    state = {}
+    parameters = [(p, group) for group in optimizer.param_groups for p in group['params']]
+    for number, (theirs_number, (p, group)) in enumerate(zip(numbers, parameters)):
+        buffers = saved['state'].get(theirs_number)
+        if buffers is None:
+            continue  # it has not had a gradient yet
+        names = optimizer.buffers_of(group) if isinstance(optimizer, AdamW) else set()  # those of others are only bounded in size
+        if not isinstance(buffers, dict) or not names <= buffers.keys():
+            raise ValueError(f'the buffers of parameter {number} are not those of {type(optimizer).__name__}')
+        for name, buffer in buffers.items():
+            shape = () if name == 'step' else p.shape
+            if name in names and not (torch.is_tensor(buffer) and buffer.shape == shape) \
+                    or torch.is_tensor(buffer) and buffer.numel() > max(1, p.numel()):
+                raise ValueError(f'{name} of parameter {number} is not a tensor of {tuple(shape)}')
+        state[number] = buffers
+    optimizer.load_state_dict({'state': state, 'param_groups': ours})
+
+
+def make_optimizer(model, config, ranks=ALONE, dtype=torch.float32):
+    """The optimizer that a run's settings describe, of all parameters that are trained; each group has its highest rate as 'initial_lr'.
+
+    config: settings as in train.py, of which optimizer is a key of OPTIMIZERS. ranks, dtype: the run's. UserError if there are none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied matrix appears once
+    if not trained:
+        raise UserError('every parameter of the model has requires_grad=False: there is nothing to train')
+    optimizer = OPTIMIZERS[config['optimizer']](trained, config, ranks, dtype)
+    for group in optimizer.param_groups:
+        group['initial_lr'] = group['lr']
+    grouped = [p for group in optimizer.param_groups for p in group['params']]
+    assert len(grouped) == len(trained) and set(grouped) == set(trained.values()), 'every parameter belongs into one group'
+    return optimizer
+
+
+def decay_groups(parameters, weight_decay):
+    """Parameters -> two groups: matrices and embeddings decay, biases and gains do not. The order of groups and parameters is nanoGPT's,
+    so that the optimizer state in its checkpoints fits."""
+    return [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
+
+
+def adamw(named, config, ranks, dtype):
+    """AdamW for everything. Arguments: those of all functions in OPTIMIZERS."""
+    return AdamW(decay_groups(named.values(), config['weight_decay']), config['learning_rate'], (config['beta1'], config['beta2']))
+
+
+def muon(named, config, ranks, dtype):
+    """Muon for the matrices of the layers, AdamW for the rest. The iteration runs in bfloat16 if the run does, in float32 otherwise."""
+    hidden = {name: p for name, p in named.items() if p.dim() == 2 and name.startswith('transformer.h.')}
+    groups = decay_groups([p for name, p in named.items() if name not in hidden], config['weight_decay'])
+    groups.append({'params': list(hidden.values()), 'lr': config['muon_learning_rate'], 'momentum': config['muon_momentum'],
+                   'weight_decay': config['weight_decay']})
+    rows = {p: qkv_rows(p) for name, p in hidden.items() if name.endswith('c_attn.weight')}
+    return Muon(groups, config['learning_rate'], (config['beta1'], config['beta2']), rows, ranks,
+                torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+
+# What --optimizer= may be: (named parameters, settings, ranks, dtype) -> a torch.optim.Optimizer. Any of torch's does; a new one is a line.
+OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def qkv_rows(weight):

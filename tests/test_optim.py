@@ -1,18 +1,41 @@
 """Schedule, groups, AdamW and the state it leaves."""
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SHARED  # noqa: F401
+from conftest import REPO, environment
 
 from model import GPT, GPTConfig
-from optim import Muon, learning_rate_at, make_optimizer, orthogonalize, qkv_rows, update_ratio
+from optim import (
+    ALONE,
+    OPTIMIZERS,
+    Muon,
+    learning_rate_at,
+    load_optimizer_state,
+    make_optimizer,
+    orthogonalize,
+    qkv_rows,
+    step_unless,
+    update_ratio,
+)
 from runtime import Ranks
 
 
 def tiny_model(n_layer=2):
     torch.manual_seed(0)
     return GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=16, block_size=8, vocab_size=11))
+
+
+def optimizer_of(model, learning_rate, weight_decay, betas, kind='adamw', muon_learning_rate=0.02, ranks=ALONE):
+    """make_optimizer, by its main settings."""
+    return make_optimizer(model, dict(optimizer=kind, learning_rate=learning_rate, weight_decay=weight_decay, beta1=betas[0],
+                                      beta2=betas[1], muon_learning_rate=muon_learning_rate, muon_momentum=0.95), ranks)
+
+
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group['params']]
 
 
 def test_schedule():
@@ -32,7 +55,7 @@ def test_cooldown():
 
 def test_every_parameter_in_one_group():
     model = tiny_model()
-    decayed, plain = make_optimizer(model, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    decayed, plain = optimizer_of(model, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert {id(p) for p in decayed['params']} | {id(p) for p in plain['params']} == {id(p) for p in model.parameters()}
     assert len(decayed['params']) + len(plain['params']) == len(list(model.parameters()))
     assert decayed['weight_decay'] == 0.1 and plain['weight_decay'] == 0
@@ -42,7 +65,7 @@ def test_every_parameter_in_one_group():
 def test_steps_are_adamw():
     """Three steps against Loshchilov and Hutter's algorithm 2, in float64."""
     model = tiny_model()
-    optimizer = make_optimizer(model, 1e-2, 0.1, (0.9, 0.95))
+    optimizer = optimizer_of(model, 1e-2, 0.1, (0.9, 0.95))
     expected = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
     for step in range(1, 4):
         ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
@@ -62,7 +85,7 @@ def test_steps_are_adamw():
 def test_bits_and_state_are_those_of_torch():
     """The same weights to the last bit as torch.optim.AdamW's, and each loads the other's state."""
     ours, theirs = tiny_model(), tiny_model()
-    optimizer = make_optimizer(ours, 1e-2, 0.1, (0.9, 0.95))
+    optimizer = optimizer_of(ours, 1e-2, 0.1, (0.9, 0.95))
     groups = [[p for p in theirs.parameters() if p.dim() >= 2], [p for p in theirs.parameters() if p.dim() < 2]]
     reference = torch.optim.AdamW([{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))],
                                   lr=1e-2, betas=(0.9, 0.95), fused=True)
@@ -80,7 +103,7 @@ def test_bits_and_state_are_those_of_torch():
         step(ours, optimizer, seed)
         step(theirs, reference, seed)
         assert same()
-    optimizer.load_state_dict(reference.state_dict())
+    load_optimizer_state(optimizer, reference.state_dict())
     mine = copy.deepcopy(optimizer.state_dict())  # torch keeps what it is given
     reference.load_state_dict({'state': mine['state'], 'param_groups': reference.state_dict()['param_groups']})
     step(ours, optimizer, 9)
@@ -90,48 +113,47 @@ def test_bits_and_state_are_those_of_torch():
 
 def test_loaded_state_keeps_this_runs_hyperparameters():
     model = tiny_model()
-    old, new = (make_optimizer(model, rate, decay, (0.9, 0.95)) for rate, decay in ((1e-3, 0.1), (5e-4, 0.2)))
+    old, new = (optimizer_of(model, rate, decay, (0.9, 0.95)) for rate, decay in ((1e-3, 0.1), (5e-4, 0.2)))
     ids = torch.randint(11, (2, 8))
     model(ids, ids)[1].backward()
     old.step()
-    new.load_state_dict(old.state_dict())
+    load_optimizer_state(new, old.state_dict())
     assert new.param_groups[0]['weight_decay'] == 0.2 and new.param_groups[0]['lr'] == 5e-4
     for p in model.parameters():
         assert torch.equal(new.state[p]['exp_avg'], old.state[p]['exp_avg']) and new.state[p]['step'] == 1
     with pytest.raises(ValueError, match='groups'):
-        make_optimizer(tiny_model(3), 1e-3, 0.1, (0.9, 0.95)).load_state_dict(old.state_dict())
+        load_optimizer_state(optimizer_of(tiny_model(3), 1e-3, 0.1, (0.9, 0.95)), old.state_dict())
 
 
 def test_skipped_updates_change_nothing():
     """With skip, not even gradients that are no numbers leave a trace; without, the update is the same as if there were no skip."""
     for kind in ('adamw', 'muon'):
-        one, two = (make_optimizer(tiny_model(), 1e-2, 0.1, (0.9, 0.95), kind, ranks=Ranks()) for _ in range(2))
+        one, two = (optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95), kind, ranks=Ranks()) for _ in range(2))
         for gradient in (0.1, float('nan'), -0.2, float('inf')):
             for optimizer in (one, two):
-                for i, p in enumerate(optimizer.parameters()):
+                for i, p in enumerate(parameters(optimizer)):
                     p.grad = gradient * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-            one.step(skip=torch.tensor(abs(gradient) not in (0.1, 0.2)))
+            step_unless(torch.tensor(abs(gradient) not in (0.1, 0.2)), one)
             if abs(gradient) in (0.1, 0.2):
                 two.step()
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(parameters(one), parameters(two)))
         for a, b in zip(one.state.values(), two.state.values()):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_skipping_on_a_device_that_is_not_waited_for():
-    """On a CPU a skipped update ends at once; elsewhere it is computed, and comes to nothing. Here too, group by group."""
-    optimizer = make_optimizer(tiny_model(), 1e-2, 0.1, (0.9, 0.95), 'muon')
-    reference = make_optimizer(tiny_model(), 1e-2, 0.1, (0.9, 0.95), 'muon')
+    """On a CPU a skipped update ends at once; elsewhere it is computed, and comes to nothing. Here too, with found_inf."""
+    optimizer = optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95), 'muon')
+    reference = optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95), 'muon')
     for gradient, skip in ((0.1, False), (float('nan'), True), (-0.2, False), (float('inf'), True)):
         for which in (optimizer, reference):
-            for i, p in enumerate(which.parameters()):
+            for i, p in enumerate(parameters(which)):
                 p.grad = gradient * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                optimizer.step_group(group, torch.tensor(skip))
+        optimizer.found_inf = torch.tensor(float(skip))
+        optimizer.step()
         if not skip:
             reference.step()
-    assert all(torch.equal(a, b) for a, b in zip(optimizer.parameters(), reference.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(optimizer), parameters(reference)))
     for a, b in zip(optimizer.state.values(), reference.state.values()):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -158,8 +180,7 @@ def test_muon_is_torchs(shape):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
     reference = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9)
-    optimizer = Muon([{'params': [ours], 'rows': [[shape[0]]], 'weight_decay': 0.1, 'momentum': 0.9}], 0.05, (0.9, 0.95), Ranks(),
-                     torch.bfloat16)
+    optimizer = Muon([{'params': [ours], 'weight_decay': 0.1, 'momentum': 0.9}], 0.05, (0.9, 0.95), dtype=torch.bfloat16)
     for _ in range(5):
         before = ours.detach().clone()
         ours.grad = torch.randn(shape)
@@ -173,9 +194,8 @@ def test_muon_is_torchs(shape):
 def test_muon_treats_queries_keys_and_values_apart():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=11, n_kv_head=2, mlp='swiglu'))
-    optimizer = make_optimizer(model, 1e-2, 0.0, (0.9, 0.95), 'muon', 0.02, ranks=Ranks())
-    for group in optimizer.param_groups:
-        group['lr'] = 1e-2 * group['lr_scale']
+    optimizer = optimizer_of(model, 1e-2, 0.0, (0.9, 0.95), 'muon', 0.02, ranks=Ranks())
+    assert [group['initial_lr'] for group in optimizer.param_groups] == [1e-2, 1e-2, 0.02]
     assert [len(group['params']) for group in optimizer.param_groups] == [2, 18, 8]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.randint(11, (2, 8))
@@ -192,7 +212,7 @@ def test_muon_treats_queries_keys_and_values_apart():
 
 def test_muon_state_loads():
     model, other = tiny_model(), tiny_model()
-    one, two = (make_optimizer(m, 1e-2, 0.1, (0.9, 0.95), 'muon', ranks=Ranks()) for m in (model, other))
+    one, two = (optimizer_of(m, 1e-2, 0.1, (0.9, 0.95), 'muon', ranks=Ranks()) for m in (model, other))
     for step in range(4):
         ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
         for m, optimizer in ((model, one), (other, two)):
@@ -200,14 +220,129 @@ def test_muon_state_loads():
             optimizer.step()
             optimizer.zero_grad()
         if step == 1:  # a new optimizer takes over
-            two = make_optimizer(other, 1e-2, 0.1, (0.9, 0.95), 'muon', ranks=Ranks())
-            two.load_state_dict(copy.deepcopy(one.state_dict()))
+            two = optimizer_of(other, 1e-2, 0.1, (0.9, 0.95), 'muon', ranks=Ranks())
+            load_optimizer_state(two, copy.deepcopy(one.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     with pytest.raises(ValueError, match='groups'):
-        make_optimizer(tiny_model(), 1e-2, 0.1, (0.9, 0.95)).load_state_dict(one.state_dict())
+        load_optimizer_state(optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95)), one.state_dict())
 
 
 def test_update_ratio():
     before = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert update_ratio(before + torch.tensor([[0.0, 0.3], [-0.4, 0.0]]), before) == pytest.approx(0.5 / 5)
     assert update_ratio(before, before) == 0
+
+
+# --- torch's own machinery takes our optimizers, and ours take torch's place ---------------------------------------------
+
+def learn(model, optimizer, steps=2, seed=0):
+    """Some steps on made-up text -> the losses."""
+    losses = []
+    for step in range(steps):
+        ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed + step))
+        loss = model(ids, ids.roll(-1, 1))[1]
+        loss.backward()
+        step_unless(torch.zeros((), dtype=torch.bool), optimizer)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize('kind', OPTIMIZERS)
+def test_schedulers_of_torch_accept_ours(kind):
+    """LambdaLR multiplies 'initial_lr', and so does train.py: the same run to the last bit."""
+    one, two = tiny_model(), tiny_model()
+    scheduled, by_hand = (optimizer_of(model, 1e-2, 0.1, (0.9, 0.95), kind) for model in (one, two))
+    assert isinstance(scheduled, torch.optim.Optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 1 / (1 + step))
+    for step in range(3):
+        for group in by_hand.param_groups:
+            group['lr'] = group['initial_lr'] * (1 / (1 + step))
+        assert learn(one, scheduled, 1, step) == learn(two, by_hand, 1, step)
+        scheduler.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize('kind', OPTIMIZERS)
+def test_distributed_checkpoints_accept_ours(kind):
+    """The state by parameter names, taken out and put into the optimizer of another model: both go on alike."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    one, two = tiny_model(), tiny_model()
+    optimizer, other = (optimizer_of(model, 1e-2, 0.1, (0.9, 0.95), kind) for model in (one, two))
+    learn(one, optimizer)
+    state = copy.deepcopy(get_optimizer_state_dict(one, optimizer))
+    names = {name for name, p in one.named_parameters()}
+    assert set(state['state']) == names and {name for group in state['param_groups'] for name in group['params']} == names
+    two.load_state_dict(one.state_dict())
+    set_optimizer_state_dict(two, other, state)
+    assert learn(one, optimizer, seed=5) == learn(two, other, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize('make', [
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.Adam(p, lr=1e-2), lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5), lambda p: torch.optim.NAdam(p, lr=1e-2),
+    lambda p: torch.optim.Adagrad(p, lr=1e-2), lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True)])
+def test_what_torch_has_drops_in(make):
+    """Its state is saved and loaded by the same functions, and goes on as if nothing had been."""
+    one, two = tiny_model(), tiny_model()
+    optimizer, other = (make(model.parameters()) for model in (one, two))
+    learn(one, optimizer)
+    two.load_state_dict(one.state_dict())
+    load_optimizer_state(other, copy.deepcopy(optimizer.state_dict()))
+    assert learn(one, optimizer, seed=5) == learn(two, other, seed=5)
+    before = [p.detach().clone() for p in one.parameters()]
+    learn_nothing = torch.tensor(True)
+    one(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
+    step_unless(learn_nothing, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, one.parameters()))
+
+
+@pytest.mark.parametrize('kind', OPTIMIZERS)
+def test_frozen_parameters_and_empty_groups(kind):
+    """Frozen ones stay and are in no group; a group without parameters, and parameters without a gradient, are no crash."""
+    model = tiny_model()
+    for name, p in model.named_parameters():
+        p.requires_grad = name.endswith('mlp.c_fc.weight')
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = optimizer_of(model, 1e-2, 0.1, (0.9, 0.95), kind)
+    assert 0 in [len(group['params']) for group in optimizer.param_groups] and len(parameters(optimizer)) == 2
+    learn(model, optimizer)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    optimizer.step()
+    again = optimizer_of(model, 1e-2, 0.1, (0.9, 0.95), kind)
+    load_optimizer_state(again, copy.deepcopy(optimizer.state_dict()))
+    learn(model, again)
+
+
+@pytest.mark.parametrize('skipped', [(), (1,), (0, 2, 3)])
+def test_skipped_steps_are_those_of_torch(skipped):
+    """torch.optim.AdamW(fused=True) with found_inf set before step(), and ours: the same bits, the count of steps included."""
+    one, two = tiny_model(), tiny_model()
+    groups = [{'params': [p for p in two.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
+              {'params': [p for p in two.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    ours = optimizer_of(one, 1e-2, 0.1, (0.9, 0.95))
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    for step in range(5):
+        for optimizer in (ours, theirs):
+            for i, p in enumerate(parameters(optimizer)):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(step in skipped))
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters(ours), parameters(theirs)))
+    for a, b in zip(ours.state_dict()['state'].values(), theirs.state_dict()['state'].values()):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert ours.state[parameters(ours)[0]]['step'] == 5 - len(skipped)
+
+
+def test_ours_start_without_the_compiler():
+    """Making, stepping, saving and loading import nothing that takes a second."""
+    program = ('import sys, torch; from optim import *; from model import GPT, GPTConfig; '
+               'model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=5)); '
+               'settings = dict(optimizer="muon", learning_rate=1, weight_decay=1, beta1=0.5, beta2=0.5, muon_learning_rate=1, '
+               'muon_momentum=0.5); '
+               'optimizer = make_optimizer(model, settings); model(*torch.zeros(2, 1, 4, dtype=torch.long))[1].backward(); '
+               'optimizer.step(); optimizer.zero_grad(); load_optimizer_state(optimizer, optimizer.state_dict()); '
+               'print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])')
+    result = subprocess.run([sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO)), capture_output=True, text=True)
+    assert result.stdout == '[]\n', result.stdout + result.stderr
