@@ -90,46 +90,41 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of the logits x w^T, a piece of the rows at a time: the gradient of a piece is computed beside its loss,
-    so that no more than one piece of logits is ever in memory (as in Liger Kernel, Hsu et al. 2024, section 3.2)."""
+def sum_in_pieces(function, x, targets, rows, parameters):
+    """Sum of function(piece of x, piece of targets), a scalar each, over pieces of `rows` rows, of which one is in memory at a time.
 
-    @staticmethod
-    def forward(ctx, x, w, targets, softcap, rows):
-        exact = torch.promote_types(x.dtype, torch.float32)
-        kind = x.device.type
-        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype  # that products run in
-        narrow_w = w.to(narrow)
-        loss = torch.zeros((), device=x.device, dtype=exact)
-        x_gradient, w_gradient = torch.empty_like(x, dtype=exact), torch.zeros_like(w, dtype=exact)
-        for start in range(0, len(x), rows):
-            x_piece, target = x[start:start + rows].to(narrow), targets[start:start + rows, None]
-            seen, target = target >= 0, target.clamp_min(0)
-            logits = F.linear(x_piece, narrow_w).to(exact)  # (rows, V)
-            if softcap:
-                squashed = torch.tanh(logits / softcap)
-                logits = softcap * squashed
-            log_p = logits.log_softmax(dim=-1)
-            loss -= torch.where(seen, log_p.gather(1, target), 0).sum()
-            gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))  # p - onehot(target)
-            gradient *= seen
-            if softcap:
-                gradient *= 1 - squashed.square()
-            gradient = gradient.to(narrow)
-            x_gradient[start:start + rows] = gradient @ narrow_w
-            w_gradient += gradient.t() @ x_piece
-        ctx.save_for_backward(x_gradient.to(x.dtype), w_gradient.to(w.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient):  # here, and not before narrowing, comes the division by the number of targets
-        x_gradient, w_gradient = ctx.saved_tensors
-        return gradient * x_gradient, gradient * w_gradient, None, None, None
-
-
-def linear_cross_entropy(x, w, targets, softcap, logits_at_once):
-    """Mean cross-entropy in nats of the logits x w^T, to be trained by: x (B, T, C), w (V, C), targets (B, T) ids, -1 where there is
-    none. softcap: squash logits to softcap * tanh(logits / softcap), 0 for not. About logits_at_once logits are in memory at a time.
+    x: (N, C), targets: (N,). parameters: all that the function computes with and that want a gradient; others get none. The gradients of
+    a piece are computed right after it, in the forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2): to keep what they are
+    computed from is what costs the memory, to compute it again (torch.utils.checkpoint) costs the function a third more time.
     """
-    total = LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), w, targets.reshape(-1), softcap, max(1, logits_at_once // len(w)))
-    return total / (targets >= 0).sum().clamp_min(1)
+    pieces = zip(x.split(rows), targets.split(rows))
+    if not torch.is_grad_enabled():
+        return sum(function(*piece) for piece in pieces)
+    return SumInPieces.apply(function, targets, rows, x, *parameters)
+
+
+class SumInPieces(torch.autograd.Function):
+    """sum_in_pieces, with its gradients."""
+
+    @staticmethod
+    def forward(ctx, function, targets, rows, x, *parameters):
+        total, gradients = 0, [None] * len(parameters)
+        x_gradient = torch.empty_like(x)
+        for x_piece, x_gradient_piece, target in zip(x.split(rows), x_gradient.split(rows), targets.split(rows)):
+            x_piece = x_piece.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = function(x_piece, target)
+                first, *rest = torch.autograd.grad(loss, (x_piece, *parameters), allow_unused=True)
+            total += loss.detach()
+            x_gradient_piece.copy_(first)
+            for i, new in enumerate(rest):
+                if gradients[i] is None:
+                    gradients[i] = new
+                elif new is not None:
+                    gradients[i] += new
+        ctx.save_for_backward(x_gradient, *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, None, *(None if known is None else gradient * known for known in ctx.saved_tensors)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import attention, linear_cross_entropy
+from kernels import attention, sum_in_pieces
 
 POSITIONS = ('learned', 'rope', 'alibi', 'none')
 NORMS = ('layernorm', 'rmsnorm')
@@ -31,10 +31,10 @@ class GPTConfig:
     """A model's shape. Raises ValueError for values that describe no model."""
     block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 that matrix units like
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
+    n_layer: int = 12  # transformer layers
+    n_head: int = 12  # attention heads in a layer
+    n_embd: int = 768  # width, divisible by n_head
+    dropout: float = 0.0  # share of activations dropped while training
     bias: bool = True  # in the linear and normalisation layers, as in GPT-2
     mlp: str = 'gelu'  # one of ACTIVATIONS; 'swiglu' has a gate, and is narrower in turn
     pos: str = 'learned'  # one of POSITIONS
@@ -327,21 +327,20 @@ class GPT(nn.Module):
         """
         if targets is None:
             return self.logits(self.hidden(idx, cache, last=True)), None
-        x = self.hidden(idx, cache)
-        if not with_logits and targets.numel() * self.config.vocab_size > LOGITS_AT_ONCE:
-            return None, self.loss_in_pieces(x, targets)
-        logits = self.logits(x)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits if with_logits else None, loss
+        x, logits = self.hidden(idx, cache), None
+        if with_logits or targets.numel() * self.config.vocab_size <= LOGITS_AT_ONCE:
+            logits = self.logits(x)
+            loss = self.summed_loss(logits, targets)
+        else:
+            rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+            loss = sum_in_pieces(lambda x, targets: self.summed_loss(self.logits(x), targets), x.flatten(0, 1), targets.flatten(), rows,
+                                 [parameter for parameter in self.parameters() if parameter.requires_grad])
+        return logits if with_logits else None, loss / (targets >= 0).sum().clamp_min(1)
 
-    def loss_in_pieces(self, x, targets):
-        """The loss from hidden states (B, T, C), with no more than LOGITS_AT_ONCE logits in memory."""
-        if torch.is_grad_enabled():
-            return linear_cross_entropy(x, self.lm_head.weight, targets, self.config.logit_softcap, LOGITS_AT_ONCE)
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        pieces = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
-        total = sum(F.cross_entropy(self.logits(piece).float(), target, ignore_index=-1, reduction='sum') for piece, target in pieces)
-        return total / (targets >= 0).sum().clamp_min(1)
+    def summed_loss(self, logits, targets):
+        """Logits (..., V) and targets (...), -1 where there is none -> the sum of their cross-entropies in nats."""
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.flatten(0, -2).to(exact), targets.flatten(), ignore_index=-1, reduction='sum')
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
         """Extend each row of idx (B, T), T >= 1, by max_new_tokens drawn tokens -> (B, T + max_new_tokens).

@@ -1,39 +1,41 @@
-"""Weights laid out for drawing text: each linear layer's matrix in the form that the device multiplies a few rows by fastest.
+"""The layout of a model's weights for generating text: each linear layer's matrix in the form that the device multiplies a few rows by
+fastest. How the layers are computed changes, what the model computes does not.
 
-Drawing a token reads every weight once and multiplies it by a handful of numbers, so its time is the time to read the
+To generate a token is to read every weight once and to multiply it by a handful of numbers, so its time is the time to read the
 weights. On a CPU, torch's own product of such thin matrices reads them at a fraction of the memory's speed; oneDNN's and
-FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. On Intel's processors MKL, torch's own
-for float32, comes closest for a single row, over matrices that are transposed. On devices other than a CPU the weights are
+FBGEMM's, over matrices that are rearranged once, come much closer. Both come with torch. On other devices the weights are
 converted to the precision that their products run in, which halves what is read.
 
-    pack(model, device, dtype)                   float32 or bfloat16, the same products as in training up to rounding
-    pack(model, device, dtype, alone=True)       the same, for one text at a time: another layout for float32 on Intel's processors
-    pack(model, device, dtype, 'int8')           8-bit weights on a CPU: a quarter of the reading, and a little loss
+    pack(model, device, dtype)            float32 or bfloat16, the same products as in training up to rounding
+    pack(model, device, dtype, 'int8')    8-bit weights on a CPU: a quarter of the reading, and a little loss
+
+The model is run as model.py has it. What is replaced are its plain layers, of exactly the type nn.Linear, by layers that can be
+called and nothing else; a subclass, or a layer with a hook, may compute something of its own and stays. Code that reads a layer's
+weight, rather than calling the layer, then fails, or computes something else, and is found out on a small batch before
+anything is replaced for good.
 """
 import math
-import platform
-import time
 import warnings
-from contextlib import suppress
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import UserError
+from configurator import UserError, one_line, warn
+from runtime import autocast
 
 SMALLEST = 2**17  # weights; smaller matrices stay in the cache, and torch's own product has less overhead than oneDNN's
-AT_HOME = 8  # times as many where MKL is at home
-COPIES = 5  # that a single row may be multiplied as: on some processors oneDNN reads the weights faster then than for one row
 
 
-def pack(model, device, dtype, quantize='', alone=False):
-    """Prepare a model on `device`, in place, for reading only: it is in eval mode then, and cannot be trained, saved or moved any
-    more. Linear layers get the better layout; on a CPU layers are called directly.
+def pack(model, device, dtype, quantize=''):
+    """Lay out the weights of a model on `device`, in place, for reading only: it is in eval mode then, and cannot be trained, saved or
+    moved any more.
 
-    dtype: that products run in. quantize: 'int8', or '' for none. alone: texts will be drawn one at a time, so that the product of a
-    single row counts. The embedding table stays as it is. Where a device has no better layout than torch's own, the matrices stay
-    as they are. Raises UserError if int8 is not to be had.
+    dtype: that products run in, under autocast unless it is float32. quantize: 'int8', or '' for none. The embedding tables stay as they
+    are; a head that is tied to one gets a matrix of its own. Until the check has passed, both layouts are in memory.
+
+    If the model does not compute the same afterwards, up to rounding, it is left as it was, after one line of warning on standard error.
+    Raises UserError if int8 is not to be had.
     """
     if quantize == 'int8' and (device.type != 'cpu' or 'fbgemm' not in torch.backends.quantized.supported_engines):
         raise UserError(f'--quantize=int8: runs on x86 processors only, not on this {device.type} device; leave it out')
@@ -42,202 +44,160 @@ def pack(model, device, dtype, quantize='', alone=False):
     if quantize and dtype != torch.float32:
         raise UserError('--quantize=int8: goes with --dtype=float32, which everything but the weights then is')
     model.eval()
-    mkldnn = torch.ops.mkldnn
-    onednn = (device.type == 'cpu' and torch.backends.mkldnn.is_available()
-              and (dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
-    smallest = SMALLEST
-    if one_differs(device, dtype, quantize):
-        smallest = math.inf if alone else AT_HOME * SMALLEST
-    for module in list(model.modules()):
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Dropout):
-                setattr(module, name, nn.Identity())  # which takes less time to do nothing
-            elif not isinstance(layer, nn.Linear):
-                continue
-            elif quantize:
-                setattr(module, name, Int8Linear(layer))
-            elif onednn and layer.weight.numel() >= smallest:
-                setattr(module, name, PackedLinear(layer, dtype))
-            elif device.type == 'cpu' or layer.weight.dtype != dtype:
-                weight = layer.weight.detach().to(dtype)
-                if device.type == 'cpu' and weight.numel() < smallest:
-                    weight = weight.t().contiguous().t()  # by which MKL multiplies a few rows up to a quarter faster
-                layer.weight = nn.Parameter(weight, requires_grad=False)  # a head tied to the embedding becomes a matrix of its own
-    choose_copies([module for module in model.modules() if isinstance(module, PackedLinear)])
-    if device.type == 'cpu':
-        model.transformer.h = nn.ModuleList(map(DirectBlock, model.transformer.h))
-        for name in {'wte', 'wpe', 'drop', 'ln_f'} & set(model.transformer):
-            model.transformer[name] = Direct(model.transformer[name])
-        if isinstance(model.lm_head, nn.Linear):
-            head = model.lm_head.weight.detach().t()
-            model.lm_head = Direct(model.lm_head, lambda x: x @ head)  # x: (..., C)
+    places = {}  # of each plain layer: its paths in the model, several if it is shared
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if is_plain(layer):
+            places.setdefault(layer, []).append(path)
+    weights = {layer: layer.weight for layer in places}
+    packed = {layer: packed_layer(layer, dtype, quantize) for layer in places} if device.type == 'cpu' else {}
+    trials = {layer: Trial(layer, other) for layer, other in packed.items()}
+
+    def put(others):
+        for layer, other in others.items():
+            for path in places[layer]:
+                model.set_submodule(path, other)
+
+    with torch.no_grad(), autocast(device, dtype):
+        hooks = [layer.register_forward_hook(trial.record, with_kwargs=True) for layer, trial in trials.items()]
+        expected = batch_logits(model, device)
+        for hook in hooks:
+            hook.remove()
+        put(trials)
+        if device.type != 'cpu':
+            for layer, weight in weights.items():
+                layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        try:
+            reason = difference(batch_logits(model, device), expected, 1e-4, 'the logits are')
+        except Exception as error:  # of any kind: a person's code meets layers that it was not written for
+            reason = f'{type(error).__name__}: {one_line(str(error), 150)}'
+    reason = reason or next((trial.reason for trial in trials.values() if trial.reason), '')
+    if not reason:
+        return put(packed)
+    put({layer: layer for layer in packed})
+    for layer, weight in weights.items():
+        layer.weight = weight
+    warn(f'the weights stay as they are, which is slower{" and not 8-bit" if quantize else ""}: the model does more with its linear layers '
+         f'than to call them ({reason}); in model.py, call a layer where its weight is read')
 
 
-def one_differs(device, dtype, quantize=''):
-    """Does one text at a time want another layout than several, for these arguments of pack()?"""
-    return device.type == 'cpu' and dtype == torch.float32 and not quantize and mkl_is_at_home()
+def is_plain(layer):
+    """Does this module compute x W^T + b, and nothing else? A subclass of nn.Linear may do more, and a parametrized layer is one; so may a
+    layer with hooks before or after it, with a forward of its own, or over a weight that is a subclass of Parameter."""
+    return (type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and 'forward' not in vars(layer)
+            and not layer._forward_hooks and not layer._forward_pre_hooks)
 
 
-def mkl_is_at_home():
-    """Does torch multiply by MKL here, on a processor by Intel, for which MKL is made?
+def packed_layer(layer, dtype, quantize):
+    """The layer that takes the place of a plain one on a CPU."""
+    if quantize:
+        return Int8Linear(layer)
+    onednn = torch.backends.mkldnn.is_available() and (  # which is asked itself what it multiplies on this processor
+        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return PackedLinear(layer, dtype) if onednn and layer.weight.numel() >= SMALLEST else PlainLinear(layer, dtype)
 
-    The one that was measured multiplies a single row by MKL as fast as it reads the transposed matrix, by oneDNN a fifth slower;
-    several rows by MKL faster only where the matrix is small (BENCHMARKS.md). The difference shows within a whole step, and hardly in
-    a trial of the products alone; and as the two round differently, chance should not decide between them. So the maker does.
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+class Trial(nn.Module):
+    """Stands in a layer's place for one batch: compares the packed layer with the old one, and passes on what the old one gives. So the
+    logits come out as they were, whatever the precision, unless something goes around the layer, or asks what it is.
     """
-    if not torch.backends.mkl.is_available():
-        return False
-    with suppress(OSError), open('/proc/cpuinfo', errors='replace') as file:
-        return 'GenuineIntel' in file.read()
-    return 'GenuineIntel' in platform.processor()  # Windows
 
-
-class Direct(nn.Module):
-    """A layer that, called, is nothing but its function: in a small model that takes microseconds, of which nn.Module's own __call__,
-    which looks for hooks first, is a good part."""
-
-    def __init__(self, layer, function=None):
+    def __init__(self, layer, packed):
         super().__init__()
-        self.weight, self.function = getattr(layer, 'weight', None), function or function_of(layer)
+        self.pair, self.calls, self.reason = (layer, packed), [], ''  # in a tuple, where modules are not looked for
 
-    def __call__(self, x):
-        return self.function(x)
+    def record(self, layer, args, keywords, output):
+        """A forward hook for the old layer, so that it need not compute again what it has."""
+        x = args[0] if args else keywords['input']
+        self.calls.append((x.clone(), output.clone()))  # which the model may go on to change in place
+
+    def forward(self, input):  # as nn.Linear calls it
+        x = input
+        layer, packed = self.pair
+        known, y = self.calls.pop(0) if self.calls else (None, None)
+        if known is None or not torch.equal(x, known):
+            y = layer(x)
+        coarse = 1 if isinstance(packed, Int8Linear) else max(1e-3, 4 * torch.finfo(y.dtype).eps)  # 1: as wrong as zeros
+        self.reason = self.reason or difference(packed(x), y, coarse, f'{type(packed).__name__} is')
+        return y
 
 
-class DirectBlock(nn.Module):
-    """model.Block, for reading only, with the functions of its layers at hand, as in Direct. Texts and positions are one dimension
-    in it, and what the layers add to the residual stream is added in place."""
+def batch_logits(model, device):
+    """The model's logits for a few random tokens, the same at every call, (2, T, V); its loss is computed beside them."""
+    shape = 2, min(4, model.config.block_size)
+    idx = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return model(idx, idx)[0]
 
-    def __init__(self, block):
+
+def difference(y, expected, tolerance, what):
+    """'' if y is as `expected`, but for a share `tolerance` of its norm; else how far it is off, a text led by `what`. What is
+    NaN or infinite in `expected` is not compared: such a model is told so when it generates."""
+    if y.shape != expected.shape:
+        return f'{what} of another shape'
+    y, expected = y.cpu().float(), expected.cpu().float()
+    size, gap = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (expected, y - expected))  # no square overflows
+    if not math.isfinite(size):
+        finite = expected.isfinite()
+        return difference(y[finite], expected[finite], tolerance, what)
+    return '' if gap <= tolerance * size else f'{what} off by {gap:.1g} of {size:.1g}'
+
+
+# --- packed layers: they can be called, and that is all ------------------------------------------------------------------
+
+class PlainLinear(nn.Module):
+    """A linear layer over torch's own product, for matrices that are too small for oneDNN's, or where there is none. x: (..., in) in the
+    type of the weights, or under autocast -> (..., out).
+    """
+
+    def __init__(self, linear, dtype):
         super().__init__()
-        if block.mlp.activation is F.gelu:
-            block.mlp.activation = gelu
-        self.norm_1, self.norm_2 = function_of(block.ln_1), function_of(block.ln_2)
-        self.qkv, self.attend, self.add_attention = function_of(block.attn.c_attn), block.attn.attend, adding(block.attn.c_proj)
-        self.heads = block.attn.heads
-        self.fc, self.activate, self.add_mlp = function_of(block.mlp.c_fc), block.mlp.activate, adding(block.mlp.c_proj)
+        self.matrix = linear.weight.detach().to(dtype).t().contiguous().t()  # by which MKL multiplies a few rows somewhat faster
+        self.vector = None if linear.bias is None else linear.bias.detach().to(dtype)
 
-    def __call__(self, x, mask=None, angles=None, cache=None, layer=0, last=False):
-        B, T, C = x.shape
-        rows = x.view(-1, C)
-        heads = self.qkv(self.norm_1(rows))
-        heads = heads.view(B, self.heads, 1, -1) if T == 1 else heads.view(B, T, self.heads, -1).transpose(1, 2)
-        y = self.attend(heads, mask, angles, cache, layer, last)  # (B, nh, T, hs), or (B, nh, 1, hs)
-        if last:
-            rows = x[:, -1].contiguous()
-        self.add_attention(rows, y.view(B, C) if T == 1 else y.transpose(1, 2).reshape(-1, C))
-        self.add_mlp(rows, self.activate(self.fc(self.norm_2(rows))))
-        return rows.view(B, -1, C)
-
-
-def gelu(x):
-    """F.gelu of x (rows, C), C even, a few rows of it as torch computes it itself. What is contiguous it hands to oneDNN, which is the
-    faster for many, but whose call takes longer than all else about a few; so they are given as a transposed matrix, a single row as
-    its two halves."""
-    if x.size(0) > 16:
-        return F.gelu(x)
-    if x.size(0) == 1:
-        return F.gelu(x.view(2, -1).t()).t().view(1, -1)
-    return F.gelu(x.t()).t()
-
-
-def function_of(layer):
-    """What a layer computes, x -> y, without its hooks and without looking up its parameters by name; a linear layer's x is
-    (rows, in)."""
-    if isinstance(layer, nn.Linear):
-        weight, bias = layer.weight.detach().t(), layer.bias
-        return (lambda x: torch.mm(x, weight)) if bias is None else lambda x: torch.addmm(bias, x, weight)
-    if isinstance(layer, nn.LayerNorm):
-        rest = layer.normalized_shape, layer.weight, layer.bias, layer.eps
-        return lambda x: torch.layer_norm(x, *rest)
-    if isinstance(layer, nn.Embedding):
-        table = layer.weight
-        return lambda ids: torch.embedding(table, ids)
-    return layer.forward
-
-
-def adding(layer):
-    """The function x, y -> None that adds layer(y) to x."""
-    if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:  # in one go, for which x and the weights must be of one type
-        weight, bias = layer.weight.detach().t(), layer.bias
-        return (lambda x, y: x.addmm_(y, weight)) if bias is None else lambda x, y: x.add_(bias).addmm_(y, weight)
-    function = function_of(layer)
-
-    def add(x, y):
-        y = function(y)  # before x.add_ is looked up, or torch.compile warns of it
-        x.add_(y)
-    return add
+    def forward(self, input):
+        return F.linear(input, self.matrix, self.vector)
 
 
 class PackedLinear(nn.Module):
     """A linear layer over oneDNN's own layout of the weights, as torch.compile uses it on CPUs when weights are frozen.
 
-    x: (..., in) -> (..., out) in the type of the weights. A row's result does not depend on how many there are.
+    x: (..., in) -> (..., out) in the type of the weights.
     """
 
     def __init__(self, linear, dtype):
         super().__init__()
-        self.dtype, self.copies = dtype, COPIES  # copies: what a single row is multiplied as
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), 64)  # 64 rows: a hint, good for 1 to 1000
-        self.bias = None if linear.bias is None else linear.bias.to(dtype)
+        self.dtype = dtype
+        self.matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 64)  # 64 rows: a hint, good for 1 to 1000
+        self.vector = None if linear.bias is None else linear.bias.detach().to(dtype)
 
-    def forward(self, x):
-        if x.dtype != self.dtype:
-            x = x.to(self.dtype)
-        if self.copies > 1 and x.numel() == x.size(-1):
-            return self.product(x.expand(self.copies, *x.shape[1:]))[:1]
-        return self.product(x)
-
-    def product(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
-
-
-@torch.inference_mode()
-def choose_copies(layers):
-    """Find out by a few trials of the largest layer whether this processor multiplies a single row faster alone or as COPIES of it.
-
-    Either can be the faster by far, depending on the processor and the load on its memory. The choice changes no result: where a row
-    alone is, or in bfloat16 may be, summed up in another order than several, two copies take its place.
-    """
-    def seconds(layer, copies):
-        x = torch.ones(copies, layer.packed.size(1), dtype=layer.dtype)
-        start = time.perf_counter()
-        layer.product(x)
-        return time.perf_counter() - start
-
-    if not layers:
-        return
-    largest = max(layers, key=lambda layer: layer.packed.numel())
-    alone, several = (min(times) for times in zip(*[[seconds(largest, copies) for copies in (1, COPIES)] for _ in range(6)]))
-    for layer in layers if alone < several else []:
-        row = torch.randn(1, layer.packed.size(1), dtype=layer.dtype, generator=torch.Generator().manual_seed(0))
-        same = layer.dtype == torch.float32 and torch.equal(layer.product(row), layer.product(row.expand(2, -1))[:1])
-        layer.copies = 1 if same else 2  # coarser numbers hide another order in most rows, not in all
+    def forward(self, input):
+        return torch.ops.mkldnn._linear_pointwise(input.to(self.dtype), self.matrix, self.vector, 'none', [], '')
 
 
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights, a scale for each output, and 8-bit inputs, a scale for each row (Dettmers et al. 2022,
     "LLM.int8()", section 2.1), multiplied by FBGEMM. A row's result depends on that row alone.
 
-    Both sides are symmetric: w ~ scale * q with q in [-127, 127]. Products are summed exactly, in 32-bit integers. Without VNNI
-    instructions FBGEMM adds up pairs in 16 bits first: there, inputs get 7 bits, so that no pair overflows.
+    x: (..., in) -> (..., out) in float32. Both sides are symmetric: w ~ scale * q with q in [-127, 127]. Products are summed exactly, in
+    32-bit integers. Without VNNI instructions FBGEMM adds up pairs in 16 bits first: there, inputs get 7 bits, so that no pair overflows.
     """
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.float()
+        weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
         zero = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch calls these types deprecated; nothing that is as fast takes their place yet
             quantized = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-        self.bias = None if linear.bias is None else linear.bias.float()
+        self.matrix = torch.ops.quantized.linear_prepack(quantized, None)
+        self.vector = None if linear.bias is None else linear.bias.detach().float()
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
-    def forward(self, x):
-        x = x.float()
+    def forward(self, input):
+        x = input.float()
         scale = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_min_(1e-12)  # (..., 1), the largest of a row
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / scale, 1 / self.levels, self.levels + 1, self.packed)
-        return y * scale if self.bias is None else torch.addcmul(self.bias, y, scale)
+            x / scale, 1 / self.levels, self.levels + 1, self.matrix)
+        return y * scale if self.vector is None else torch.addcmul(self.vector, y, scale)

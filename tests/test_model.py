@@ -103,13 +103,53 @@ def test_loss_without_logits(ids, softcap, monkeypatch):
         torch.testing.assert_close(model(ids, targets, with_logits=False)[1], gradients[0][0], check_dtype=False)
 
 
+class ScaledHead(torch.nn.Linear):
+    """A head that somebody wrote: it computes more than its weight says, and has a parameter of its own."""
+
+    def __init__(self, head):
+        super().__init__(head.in_features, head.out_features, bias=False)
+        self.weight, self.scale = head.weight, torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize('edit', ['subclass', 'hook', 'logits', 'frozen head', 'frozen body'])
+def test_loss_without_logits_is_the_loss_of_the_model_as_edited(ids, edit, monkeypatch):
+    """Whatever computes the logits computes those of the pieces too, each once and a few rows at a time, and no gradient is lost."""
+    model, rows = randomized(GPT(GPTConfig(**SHAPE))), []
+    if edit == 'subclass':
+        model.lm_head = ScaledHead(model.lm_head)
+    elif edit == 'hook':
+        model.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
+    elif edit == 'logits':
+        plain = model.logits
+        monkeypatch.setattr(model, 'logits', lambda x: plain(x) * (x @ model.transformer.wpe.weight.T).mean(-1, keepdim=True))
+    elif edit == 'frozen head':
+        model.lm_head.weight.requires_grad_(False)
+    else:
+        model.transformer.requires_grad_(False)
+        model.lm_head.weight.requires_grad_(True)
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // 97))
+    results = []
+    for at_once in (2**26, 97 * 10):
+        monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', at_once)
+        loss = model.double()(ids, ids.roll(-1, 1), with_logits=False)[1]
+        loss.backward()
+        results.append({'loss': loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}})
+        model.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    assert rows == [64, 10, 10, 10, 10, 10, 10, 4]
+    assert ('lm_head.scale' in results[1]) == (edit == 'subclass')
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_loss_without_logits_in_half_precision(ids, dtype, monkeypatch):
     """Under autocast, with many targets and a scaled loss, as close to float32 as the loss of the whole is."""
     monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', 97 * 300)
     model = GPT(GPTConfig(**SHAPE))
-    ids = ids.repeat(200, 1)  # 12,800 targets
-    ids = (ids + torch.arange(400)[:, None]) % 97
+    ids = ids.repeat(50, 1)  # 3,200 targets
+    ids = (ids + torch.arange(100)[:, None]) % 97
 
     def gradient(dtype, with_logits):
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):

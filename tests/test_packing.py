@@ -1,20 +1,32 @@
-"""Rearranged and 8-bit weights against the plain product, and against the 8-bit arithmetic done naively."""
+"""Rearranged and 8-bit weights against the plain product, and against the 8-bit arithmetic done naively; and that a packed model is
+the model that model.py describes, whatever a person made of it."""
 import copy
+import json
+import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import REPO, environment
+from conftest import CHARS, REPO, environment, run_forked, write_data
+from torch.nn import functional as F
 
 import packing
 from configurator import UserError
 from generation import Sample, Sampling, generate
-from model import GPT, GPTConfig
-from packing import Int8Linear, PackedLinear, pack
+from model import GPT, MLP, GPTConfig
+from packing import Int8Linear, PackedLinear, PlainLinear, pack
 from runtime import autocast
 
 CPU = torch.device('cpu')
+
+
+def has_onednn(dtype):
+    """Does oneDNN multiply in this type on this processor?"""
+    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch comes without oneDNN')
 fbgemm = pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason='this torch comes without FBGEMM')
 
@@ -40,60 +52,6 @@ def test_packed_product(n_in, n_out, bias):
         for i in range(7):  # however many rows there are, and for a single one
             torch.testing.assert_close(packed(x[i]), y[i], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(packed(x[i:i + 1, :1]), y[i:i + 1, :1], rtol=1e-5, atol=1e-6)
-
-
-@onednn
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('alone_is_faster', [True, False])
-def test_how_a_single_row_is_multiplied_changes_nothing(alone_is_faster, dtype, monkeypatch):
-    """Whatever the trials find, a row gives the same bits alone, in pairs and in fives; also where oneDNN sums up long rows in parts."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip('this processor has no bfloat16')
-    torch.manual_seed(0)
-    layers = [PackedLinear(torch.nn.Linear(n_in, n_out), dtype) for n_in, n_out in ((768, 768), (3072, 768), (64, 5000))]
-    ticks = iter((0, 1, 0, 2) * 6 if alone_is_faster else (0, 2, 0, 1) * 6)  # seconds: of one row, then of several
-    monkeypatch.setattr(packing.time, 'perf_counter', lambda: next(ticks))
-    packing.choose_copies(layers)
-    assert all(layer.copies in ((1, 2) if alone_is_faster else (packing.COPIES,)) for layer in layers)
-    with torch.no_grad():
-        for layer in layers:
-            for row in torch.randn(64, 1, 1, layer.packed.size(1)):
-                assert all(torch.equal(layer(row), layer(row.expand(rows, -1, -1))[:1]) for rows in (2, 5))
-
-
-@onednn
-@pytest.mark.parametrize('at_home', [True, False])
-def test_the_layout_for_a_single_text(at_home, monkeypatch):
-    """By MKL, over transposed matrices, where it is at home, but for bfloat16, and the same model either way; the embedding that the
-    head is tied to stays as it is."""
-    monkeypatch.setattr(packing, 'SMALLEST', 0)
-    monkeypatch.setattr(packing, 'mkl_is_at_home', lambda: at_home)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32)).eval()
-    packed, idx = copy.deepcopy(model), torch.randint(64, (1, 40))
-    pack(packed, CPU, torch.float32, alone=True)
-    assert packed.lm_head.weight.t().is_contiguous() if at_home else isinstance(packed.lm_head, PackedLinear)
-    assert torch.equal(packed.transformer.wte.weight, model.transformer.wte.weight)
-    with torch.no_grad():
-        torch.testing.assert_close(packed(idx[:, :16])[0], model(idx[:, :16])[0], rtol=1e-4, atol=1e-5)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        coarse = copy.deepcopy(model)
-        pack(coarse, CPU, torch.bfloat16, alone=True)
-        assert isinstance(coarse.lm_head, PackedLinear)
-    drawn = []
-    for each in (model, packed):
-        sample = Sample(idx[0].tolist(), (1,))
-        for _ in generate(each, [sample], 40, Sampling(1.0)):
-            pass
-        drawn.append(sample.ids)
-    assert drawn[0] == drawn[1]
-
-
-def test_where_mkl_is_at_home():
-    name = torch.cpu.get_capabilities().get('cpu_name', '') if hasattr(torch.cpu, 'get_capabilities') else ''
-    if not ('Intel' in name or 'AMD' in name):
-        pytest.skip('torch does not name the maker of this processor')
-    assert packing.mkl_is_at_home() == (torch.backends.mkl.is_available() and 'Intel' in name)
 
 
 @fbgemm
@@ -126,16 +84,16 @@ def test_int8_without_vnni(levels):
 
 
 @pytest.mark.parametrize('dtype, quantize, tolerance', [
-    pytest.param(torch.float32, '', 1e-4, marks=onednn), pytest.param(torch.bfloat16, '', 0.03, marks=onednn),
-    pytest.param(torch.float32, 'int8', 0.1, marks=fbgemm)])
-def test_a_packed_model(dtype, quantize, tolerance, monkeypatch):
+    (torch.float32, '', 1e-4), (torch.bfloat16, '', 0.03), pytest.param(torch.float32, 'int8', 0.1, marks=fbgemm)])
+def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
     """The same logits up to the precision asked for, and texts that do not depend on what else is in the batch."""
     monkeypatch.setattr(packing, 'SMALLEST', 0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.1)).eval()
     packed = copy.deepcopy(model)
     pack(packed, CPU, dtype, quantize)
-    assert isinstance(packed.lm_head, Int8Linear if quantize else PackedLinear) and not list(packed.transformer.h.parameters())
+    layout = Int8Linear if quantize else PackedLinear if has_onednn(dtype) else PlainLinear
+    assert type(packed.lm_head) is layout and not capsys.readouterr().err
     idx, prompts = torch.randint(64, (3, 20)), [torch.randint(64, (n,)).tolist() for n in (3, 40, 20)]
     with torch.no_grad():
         expected, loss = model(idx, idx)
@@ -154,25 +112,20 @@ def test_a_packed_model(dtype, quantize, tolerance, monkeypatch):
 @pytest.mark.parametrize('options', [
     dict(), dict(bias=False, dropout=0.1), dict(mlp='swiglu', norm='rmsnorm', pos='rope', n_kv_head=2, tie_weights=False),
     dict(mlp='relu2', pos='alibi', qk_norm=True, logit_softcap=5.0), dict(mlp='gelu_tanh', pos='none', n_kv_head=1)])
-@pytest.mark.parametrize('smallest, layout', [(0, 'packed'), (2**17, 'transposed'), (2**10, 'mixed'), (0, 'plain')])
-def test_a_packed_model_is_the_same_model(options, smallest, layout, monkeypatch):
-    """Every kind of layer, packed, transposed, some of each, and neither, reads and continues as before. Some of each is what several
-    texts get where MKL is at home: there larger matrices are transposed than elsewhere."""
+@pytest.mark.parametrize('smallest', [0, 64 * 64 + 1, math.inf])
+def test_a_packed_model_is_the_same_model(options, smallest, monkeypatch, capsys):
+    """Every kind of layer, all by oneDNN, the larger ones, and none, reads and continues as before."""
     monkeypatch.setattr(packing, 'SMALLEST', smallest)
-    monkeypatch.setattr(packing, 'mkl_is_at_home', lambda: layout == 'mixed')
-    if layout == 'plain':
-        monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=64, **options)).eval()
     for parameter in model.parameters():  # biases and gains too
         torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.1)
     packed, idx = copy.deepcopy(model), torch.randint(64, (3, 16))
-    packed_layers = []
-    monkeypatch.setattr(packing, 'choose_copies', packed_layers.extend)
     pack(packed, CPU, torch.float32)
+    kinds = [type(layer) for layer in packed.modules() if isinstance(layer, (PackedLinear, PlainLinear))]
+    assert len(kinds) == 9 and not any(isinstance(layer, torch.nn.Linear) for layer in packed.modules())
     if torch.backends.mkldnn.is_available():
-        assert all(layer.packed.numel() >= packing.AT_HOME * smallest for layer in packed_layers)
-        assert len(packed_layers) in {'packed': (9,), 'mixed': range(1, 9)}.get(layout, (0,))
+        assert kinds.count(PackedLinear) in {0: (9,), math.inf: (0,)}.get(smallest, range(4, 9))
     with torch.no_grad():
         torch.testing.assert_close(packed(idx, idx)[0], model(idx, idx)[0], rtol=1e-4, atol=1e-4)
     drawn = []
@@ -182,6 +135,255 @@ def test_a_packed_model_is_the_same_model(options, smallest, layout, monkeypatch
             pass
         drawn.append([sample.ids for sample in samples])
     assert drawn[0] == drawn[1]
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options', [dict(block_size=1), dict(vocab_size=1), dict(zero_init=True)], ids=str)
+@pytest.mark.parametrize('quantize', ['', pytest.param('int8', marks=fbgemm)])
+def test_the_smallest_models_are_packed(options, quantize, capsys):
+    model = GPT(GPTConfig(**{**dict(block_size=4, vocab_size=3, n_layer=1, n_head=1, n_embd=2), **options}))
+    pack(model, CPU, torch.float32, quantize)
+    assert not isinstance(model.lm_head, torch.nn.Linear) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('quantize', ['', pytest.param('int8', marks=fbgemm)])
+@pytest.mark.parametrize('value', [math.nan, math.inf, 1e38])
+def test_broken_weights_are_no_edit(value, quantize, capsys):
+    """Such a model is packed; what it computes is an error of generation's."""
+    model = tiny()
+    torch.nn.init.constant_(model.transformer.ln_f.weight, value)
+    pack(model, CPU, torch.float32, quantize)
+    assert not isinstance(model.lm_head, torch.nn.Linear) and not capsys.readouterr().err
+
+
+# --- models that somebody changed -------------------------------------------------------------------------------------
+
+IDX = torch.arange(24).view(2, 12)
+
+
+def tiny():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.1)
+    return model
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer with a low-rank term."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.down, self.up = (torch.nn.Parameter(torch.randn(shape) / 4) for shape in ((4, self.in_features), (self.out_features, 4)))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+def double(module, args, output):
+    return 2 * output
+
+
+def doubled(layer):
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+
+
+class Double(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+CHANGES = {
+    'subclass': lambda mlp: setattr(mlp, 'c_fc', Adapted(mlp.c_fc)),
+    'hook': lambda mlp: mlp.c_fc.register_forward_hook(double),
+    'hook before': lambda mlp: mlp.c_fc.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    'parametrization': lambda mlp: torch.nn.utils.parametrize.register_parametrization(mlp.c_fc, 'weight', Double()),
+    'own forward': lambda mlp: doubled(mlp.c_fc),
+    'sequence': lambda mlp: setattr(mlp, 'c_fc', torch.nn.Sequential(mlp.c_fc, torch.nn.Linear(128, 128))),
+}
+
+
+@pytest.mark.parametrize('quantize', ['', pytest.param('int8', marks=fbgemm)])
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_layers_stay(change, quantize, capsys):
+    """What is not a plain layer is left in place, and runs; all others are packed."""
+    model = tiny()
+    with torch.no_grad():
+        before = model(IDX, IDX)[0]
+        CHANGES[change](model.transformer.h[0].mlp)
+        expected, layer = model(IDX, IDX)[0], model.transformer.h[0].mlp.c_fc
+        assert (expected - before).norm() > 0.1 * before.norm()
+        pack(model, CPU, torch.float32, quantize)
+        assert (model(IDX, IDX)[0] - expected).norm() < (0.05 if quantize else 1e-5) * expected.norm()
+    assert model.transformer.h[0].mlp.c_fc is layer and not isinstance(model.transformer.h[1].mlp.c_fc, torch.nn.Linear)
+    assert not capsys.readouterr().err
+
+
+def test_a_shared_layer_is_packed_once():
+    model = tiny()
+    model.transformer.h[1].mlp = model.transformer.h[0].mlp
+    model.transformer.h[1].attn.c_attn = model.transformer.h[0].attn.c_attn
+    with torch.no_grad():
+        expected = model(IDX, IDX)[0]
+        pack(model, CPU, torch.float32)
+        torch.testing.assert_close(model(IDX, IDX)[0], expected, rtol=1e-4, atol=1e-4)
+    assert model.transformer.h[1].attn.c_attn is model.transformer.h[0].attn.c_attn
+    assert not isinstance(model.transformer.h[1].attn.c_attn, torch.nn.Linear)
+
+
+def test_a_layer_that_is_called_with_a_keyword(capsys):
+    model = tiny()
+    mlp = model.transformer.h[0].mlp
+    mlp.forward = lambda x: mlp.c_proj(input=F.gelu(mlp.c_fc(input=x)))
+    with torch.no_grad():
+        expected = model(IDX, IDX)[0]
+        pack(model, CPU, torch.float32)
+        torch.testing.assert_close(model(IDX, IDX)[0], expected, rtol=1e-4, atol=1e-4)
+    assert not isinstance(mlp.c_fc, torch.nn.Linear) and not capsys.readouterr().err
+
+
+def reads_weight(self, x):
+    return self.c_proj(F.gelu(F.linear(x, self.c_fc.weight, self.c_fc.bias)))
+
+
+def reads_features(self, x):
+    return self.c_proj(F.gelu(self.c_fc(x))) * (self.c_fc.out_features / 128)
+
+
+def asks_for_the_type(self, x):
+    return self.c_proj(F.gelu(self.c_fc(x))) * (1 if isinstance(self.c_fc, torch.nn.Linear) else 0.99)
+
+
+def norm_if_any(self, x):
+    return self.c_proj(F.gelu(self.c_fc(x))) * (1 + getattr(self.c_fc, 'weight', x.new_zeros(1)).norm() / 500)
+
+
+@pytest.mark.parametrize('dtype, quantize', [(torch.float32, ''), (torch.bfloat16, ''), pytest.param(torch.float32, 'int8', marks=fbgemm)])
+@pytest.mark.parametrize('forward', [reads_weight, reads_features, asks_for_the_type, norm_if_any])
+def test_code_behind_a_layers_back(forward, dtype, quantize, monkeypatch, capsys):
+    """It never gets another result, not even by a hundredth that 8 bits would hide: the model stays, and one line says so."""
+    model = tiny()
+    monkeypatch.setattr(MLP, 'forward', forward)
+    before, weights = dict(model.named_modules()), dict(model.named_parameters())
+    with torch.no_grad():
+        expected = model(IDX, IDX)[0]
+        pack(model, CPU, dtype, quantize)
+        assert torch.equal(model(IDX, IDX)[0], expected)
+    assert dict(model.named_modules()) == before
+    assert all(weights[name] is parameter for name, parameter in model.named_parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    warning = capsys.readouterr().err
+    assert warning.startswith('warning: the weights stay as they are') and warning.count('\n') == 1
+
+
+def test_a_loss_that_reads_a_weight(monkeypatch, capsys):
+    """evaluate.py meets it, and pack does before."""
+    plain = GPT.summed_loss
+    monkeypatch.setattr(GPT, 'summed_loss', lambda self, *args: plain(self, *args) + self.lm_head.weight.square().sum())
+    model = tiny()
+    pack(model, CPU, torch.float32)
+    assert type(model.lm_head) is torch.nn.Linear and "no attribute 'weight'" in capsys.readouterr().err
+
+
+def test_a_library_that_multiplies_wrongly(monkeypatch, capsys):
+    """Each packed layer is compared with the one that it replaces."""
+    monkeypatch.setattr(packing.PlainLinear, 'forward', lambda self, x: 1.01 * F.linear(x, self.matrix, self.vector))
+    model = tiny()
+    pack(model, CPU, torch.float32)
+    assert type(model.lm_head) is torch.nn.Linear and 'PlainLinear is off by' in capsys.readouterr().err
+
+
+def test_the_check_leaves_random_numbers_alone():
+    model, state = tiny(), torch.random.get_rng_state()
+    pack(model, CPU, torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- the scripts, on a copy of the repository that somebody edited --------------------------------------------------------
+
+EDITS = {
+    'halved': [('x + self.mlp(self.ln_2(x))', 'x + 0.5 * self.mlp(self.ln_2(x))')],
+    'adapter': [('class MLP(nn.Module)', 'class Adapted(nn.Linear):\n    def forward(self, x):\n        return super().forward(x) + '
+                 'super().forward(x.flip(-1)) / 4\n\n\nclass MLP(nn.Module)'), ('self.c_fc = nn.Linear', 'self.c_fc = Adapted')],
+    'norm': [('self.mlp(self.ln_2(x))', 'self.mlp(torch.tanh(self.ln_2(x)))')],
+    'scaled head': [('logits, cap = self.lm_head(x)', 'logits, cap = 3 * self.lm_head(x)')],
+}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with the data set data/tiny and a checkpoint in out/."""
+    folder = tmp_path_factory.mktemp('trained')
+    write_data(folder / 'data' / 'tiny')
+    torch.manual_seed(0)
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=len(CHARS), bias=True, dropout=0.0)
+    model = GPT(GPTConfig(**args))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.1)
+    (folder / 'out').mkdir()
+    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1, 'config': {'dataset': 'tiny'},
+                'tokenizer': {'kind': 'char', 'chars': CHARS}}, folder / 'out' / 'ckpt.pt')
+    return folder
+
+
+LAUNCHER = """
+import pathlib, runpy, sys
+folder = pathlib.Path(__file__).parent
+sys.path.insert(0, str(folder))
+for file in folder.glob('*.py'):
+    sys.modules.pop(file.stem, None)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def edited_copy(folder, edits=(), packed=True):
+    """A copy of the scripts with an edited model.py; packed=False: and with a packing.py that leaves it as it is."""
+    folder.mkdir()
+    for file in REPO.glob('*.py'):
+        shutil.copy(file, folder)
+    (folder / 'launcher.py').write_text(LAUNCHER, encoding='utf-8')
+    text = (folder / 'model.py').read_text(encoding='utf-8')
+    for old, new in edits:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / 'model.py').write_text(text, encoding='utf-8')
+    if not packed:
+        (folder / 'packing.py').write_text('def pack(model, *args):\n    model.eval()\n', encoding='utf-8')
+    return folder
+
+
+def outputs(folder, workspace):
+    """What the copies of sample.py and evaluate.py print in a workspace -> (a sample, the line of the loss, warnings)."""
+    results = [run_forked(folder / 'launcher.py', folder / script, '--device=cpu', *arguments, cwd=workspace) for script, *arguments in (
+        ('sample.py', '--start=abc', '--temperature=0', '--json=True', '--num_samples=1', '--max_new_tokens=20'),
+        ('evaluate.py', '--eval_iters=2'))]
+    assert all(result.returncode == 0 for result in results), results
+    return json.loads(results[0].stdout), results[1].stdout, [result.stderr for result in results]
+
+
+@pytest.fixture(scope='module')
+def unedited(trained, tmp_path_factory):
+    return outputs(edited_copy(tmp_path_factory.mktemp('copies') / 'unedited'), trained)
+
+
+@pytest.mark.parametrize('edit', EDITS)
+def test_the_code_that_is_edited_is_the_code_that_runs(edit, trained, unedited, tmp_path):
+    """sample.py and evaluate.py, packed, print what the edited model.py gives when nothing is packed."""
+    (sample, loss, warnings), (expected, expected_loss, _) = (
+        outputs(edited_copy(tmp_path / str(packed), EDITS[edit], packed), trained) for packed in (True, False))
+    assert sample.pop('log_probs') == pytest.approx(expected.pop('log_probs'), abs=1e-4) and sample == expected
+    assert loss == expected_loss != unedited[1] and warnings == ['', '']
+
+
+def test_a_script_says_in_one_line_that_it_goes_on_unpacked(trained, tmp_path):
+    edit = [('self.activate(self.c_fc(x))', 'self.activate(F.linear(x, 0.5 * self.c_fc.weight))')]
+    (sample, loss, warnings), (expected, expected_loss, _) = (
+        outputs(edited_copy(tmp_path / str(packed), edit, packed), trained) for packed in (True, False))
+    assert (sample, loss) == (expected, expected_loss)
+    assert all(warning.startswith('warning: the weights stay') and warning.count('\n') == 1 for warning in warnings)
 
 
 def test_what_cannot_be_packed():
