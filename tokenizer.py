@@ -1,15 +1,21 @@
 """Text to token ids and back. A tokenizer is described by a small dict (its spec) that is stored as data with the data set and in
 every checkpoint: {'kind': 'char', 'chars': 'abc…'}, {'kind': 'byte'}, {'kind': 'gpt2'}, and, with the text of a tokenizer.json of the
-tokenizers library, {'kind': 'bpe', 'json': '…'} for one trained here and {'kind': 'tokenizers', 'json': '…'} for any other."""
+tokenizers library, {'kind': 'bpe', 'json': '…'} for one trained here and {'kind': 'tokenizers', 'json': '…', 'end_of_text': '</s>'} for
+any other; its 'end_of_text' may be missing."""
 import functools
+import hashlib
 import json
+import os
+import re
 
 import numpy as np
 
-from configurator import UserError, one_line
+from configurator import UserError, one_line, user_errors
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_SPEC = {'kind': 'gpt2'}
+GPT2_FINGERPRINT = 'f5b6a7fc254ad51111d01578f18dd2d76307c562f14b0f3e7c0346c221607ec3'  # of its tokens, see fingerprint
+MAX_VOCAB_SIZE = 10**7  # in a tokenizer.json: a list of that many tokens can be made
 END_OF_TEXT = '<|endoftext|>'
 
 
@@ -171,10 +177,8 @@ def train_bpe(texts, vocab_size):
     """
     if not 257 <= vocab_size <= 10**6:
         raise UserError(f'--vocab_size={vocab_size}: must be from 257 (256 bytes and the end of text) to 1,000,000')
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise UserError('training a BPE needs the package tokenizers: pip install tokenizers') from error
+    import_tokenizers('training a BPE')
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -194,29 +198,60 @@ def import_tiktoken(what):
     return tiktoken
 
 
+def import_tokenizers(what):
+    """The package tokenizers; UserError that names it if it is missing."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(f'{what} needs the package tokenizers: pip install tokenizers') from error
+    return tokenizers
+
+
 class HuggingFaceTokenizer:
     """Any tokenizer of the `tokenizers` library, from the text of its tokenizer.json."""
 
-    def __init__(self, json):
+    def __init__(self, json, end_of_text=None):
+        """end_of_text: the token that ends a text; without it '<|endoftext|>', if there is such a token. ValueError if this is no
+        tokenizer, or has no such token."""
+        tokenizers = import_tokenizers('this tokenizer')
+        self.json, self._spec = json, {'kind': 'tokenizers', 'json': json, **({'end_of_text': end_of_text} if end_of_text else {})}
         try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise UserError('this tokenizer needs the package tokenizers: pip install tokenizers') from error
-        self.json = json
-        try:
-            self.tokenizer = Tokenizer.from_str(json)
+            self.tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f'not a tokenizer.json of the tokenizers library: {error}') from error
+        self.tokenizer.no_truncation()  # which some files ask for, to the length of a model
+        self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f'its ids go up to {self.vocab_size - 1}')
+        self.text_vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        self.drops_unknown = drops_unknown(json)
+        self.special = {id: token.content for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.end_of_text = self.tokenizer.token_to_id(end_of_text or END_OF_TEXT)
+        if end_of_text and self.end_of_text is None:
+            raise ValueError(f'its end of text, {end_of_text!r}, is not in the vocabulary')
 
     def encode(self, text, special=False):
-        """text -> ids, an int array. special=True reads '<|endoftext|>' and the like as tokens, else they are text like any other."""
+        """text -> ids, an int array. special=True reads '<|endoftext|>' and the like as tokens, else they are text like any other.
+        ValueError, naming the first, if there are characters for which the tokenizer has no token."""
         self.tokenizer.encode_special_tokens = not special
         try:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            encoded = self.tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception, or TypeError for what is not Unicode
             raise ValueError(f'the tokenizer cannot encode this text: {error}') from error
+        ids = encoded.ids
+        if self.drops_unknown:
+            known = np.zeros(len(text), dtype=bool)
+            for start, end in encoded.offsets:
+                known[start:end] = True
+            lost = next((position for position, char in enumerate(text) if not known[position] and not char.isspace()), None)
+            if lost is not None:
+                raise ValueError(f'the tokenizer has no token for the character {text[lost]!r} at position {lost}')
+        words = [] if special else [self.special[id] for id in self.special.keys() & set(ids) if len(self.special[id]) > 1]
+        if words:  # the vocabulary has them as words, too: where they are spelled, encode before and behind their first character
+            cuts = [0, *(match.start() + 1 for match in re.finditer('|'.join(map(re.escape, words)), text)), len(text)]
+            if len(cuts) > 2:
+                return np.concatenate([self.encode(text[start:end]) for start, end in zip(cuts, cuts[1:])])
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids):
@@ -225,13 +260,103 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self):
         """The length of each token in bytes, 0 for special ones -> int array (vocab_size,); None if the tokens are not bytes of text."""
-        if (json.loads(self.json).get('decoder') or {}).get('type') != 'ByteLevel':
+        if not is_byte_level(json.loads(self.json)):
             return None
         added = {id: 0 if token.special else len(token.content.encode()) for id, token in self.tokenizer.get_added_tokens_decoder().items()}
         return np.array([added[i] if i in added else len(self.tokenizer.id_to_token(i) or '') for i in range(self.vocab_size)])
 
     def spec(self):
-        return {'kind': 'tokenizers', 'json': self.json}
+        return self._spec
+
+
+def drops_unknown(text):
+    """Does the library pass over, without a word, what is not in the vocabulary of the tokenizer with this tokenizer.json?"""
+    description = json.loads(text)
+    model = description['model']
+    return not is_byte_level(description) and not model.get('unk_token') and not model.get('byte_fallback') and model.get('unk_id') is None
+
+
+def is_byte_level(description):
+    """Are the tokens of a tokenizer.json bytes, written as byte_characters()?"""
+    return (description.get('decoder') or {}).get('type') == 'ByteLevel'
+
+
+# --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
+
+def read_tokenizer(path):
+    """The spec of the tokenizer in a folder in Hugging Face's format, or in a tokenizer.json; None if the folder has none that can be read.
+
+    A folder has a tokenizer.json, or GPT-2's kind of vocab.json and merges.txt. What ends a text is the eos token that the files beside it
+    name, see named_end_of_text. UserError if a file cannot be read, or is not what its name says.
+    """
+    folder, file = (path, os.path.join(path, 'tokenizer.json')) if os.path.isdir(path) else (os.path.dirname(path), path)
+    vocabulary, merges = os.path.join(folder, 'vocab.json'), os.path.join(folder, 'merges.txt')
+    if os.path.exists(file):
+        with user_errors(OSError, ValueError, where=f'cannot read {file}: '), open(file, encoding='utf-8') as opened:
+            tokenizer = HuggingFaceTokenizer(opened.read())
+    elif os.path.exists(vocabulary) and os.path.exists(merges):
+        with user_errors(OSError, ValueError, where=f'cannot read {vocabulary} and {merges}: '):
+            tokenizer = HuggingFaceTokenizer(from_vocabulary_and_merges(folder, vocabulary, merges))
+    else:
+        return None
+    return HuggingFaceTokenizer(tokenizer.json, named_end_of_text(folder, tokenizer.tokenizer)).spec()
+
+
+def from_vocabulary_and_merges(folder, vocabulary, merges):
+    """GPT-2's kind of vocab.json and merges.txt, and the special tokens that the files beside them name -> the text of a tokenizer.json.
+    ValueError if they are of another kind, or broken."""
+    settings = read_object(folder, 'tokenizer_config.json')
+    kind = settings.get('tokenizer_class')
+    if kind not in (None, 'GPT2Tokenizer', 'GPT2TokenizerFast'):  # other kinds cut text in another way, which these files do not tell
+        raise ValueError(f'they are those of a {kind}, which only a tokenizer.json describes in full: have transformers save one')
+    try:
+        tokenizer = import_tokenizers('this tokenizer').ByteLevelBPETokenizer(
+            vocabulary, merges, add_prefix_space=settings.get('add_prefix_space') is True)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(str(error)) from error
+    added = read_object(folder, 'added_tokens.json')
+    for id, token in dict(settings.get('added_tokens_decoder') or {}).items():
+        added[str(token.get('content') if isinstance(token, dict) else token)] = int(id)
+    if not all(type(id) is int for id in added.values()):
+        raise ValueError('added_tokens.json beside them does not map tokens to ids')
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])  # else its text would be cut up like any other
+    for token in sorted(added, key=added.get):
+        tokenizer.add_special_tokens([token])
+        if tokenizer.token_to_id(token) != added[token]:  # the library gives a new token the next id
+            raise ValueError(f'the token {token!r} cannot have the id {added[token]} that the files beside them give it')
+    return tokenizer.to_str()
+
+
+def named_end_of_text(folder, tokenizer):
+    """The token that ends a text by the files of a model's folder: the eos token of tokenizer_config.json, special_tokens_map.json,
+    generation_config.json or config.json, the first that the library's tokenizer has; None if they name none."""
+    for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+        token = read_object(folder, name).get('eos_token')
+        token = token.get('content') if isinstance(token, dict) else token
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            return token
+    special = tokenizer.get_added_tokens_decoder()
+    for name in ('generation_config.json', 'config.json'):  # these tell ids; some tell GPT-2's by default, which may be any word
+        ids = read_object(folder, name).get('eos_token_id')
+        for id in ids if isinstance(ids, list) else [ids]:
+            if type(id) is int and id in special and special[id].special:
+                return special[id].content
+    return None
+
+
+def read_object(folder, name):
+    """The object in a JSON file, {} if there is no such file. UserError if it holds anything else."""
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return {}
+    with user_errors(OSError, ValueError, RecursionError, where=f'cannot read {path}: '), open(path, encoding='utf-8') as file:
+        content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError('it holds no JSON object')
+        return content
 
 
 class TextStream:
@@ -274,10 +399,56 @@ def spec_end_of_text(spec):
     return GPT2_VOCAB_SIZE - 1 if spec['kind'] == 'gpt2' else load_tokenizer(spec).end_of_text
 
 
+def text_vocab_size(spec):
+    """Vocabulary size of a checked spec without the tokens that were added behind it, such as one to pad with: a model may lack those."""
+    return load_tokenizer(spec).text_vocab_size if spec['kind'] == 'tokenizers' else spec_vocab_size(spec)
+
+
+def check_known(ids, vocab_size, tokenizer):
+    """Raise ValueError, naming the token, if an id is one that a model of so many ids lacks: see text_vocab_size."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise ValueError(f'the model has no token {tokenizer.decode([largest])!r}: it has {vocab_size} ids, this is the id {largest}')
+
+
 def same_ids(spec, other):
-    """May ids of the one tokenizer be read by the other? Between GPT-2's and a tokenizer.json from elsewhere, which may hold GPT-2's,
-    the answer is yes."""
-    return spec == other or {spec['kind'], other['kind']} == {'gpt2', 'tokenizers'}
+    """Does every id of the one tokenizer mean the same token to the other, and are they merged in the same order? The other may have more
+    tokens that were added behind its vocabulary. Both are checked specs; ValueError if one turns out unsound."""
+    if spec == other:
+        return True
+    checksum, n, _ = fingerprint(spec)
+    other_checksum, other_n, other_text_n = fingerprint(other, n)
+    return other_text_n <= n <= other_n and checksum == other_checksum
+
+
+def fingerprint(spec, n=None):
+    """A checksum of the first n tokens of a checked spec, by default of all, and of its merges; its vocabulary size; its text_vocab_size.
+
+    The checksum depends on nothing else, such as how the JSON is written. GPT-2's is known: its vocabulary may not be at hand.
+    """
+    if spec['kind'] == 'gpt2':
+        return GPT2_FINGERPRINT if n in (None, GPT2_VOCAB_SIZE) else None, GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE
+    tokens, merges, text_n = tokens_and_merges(spec)
+    size = max(tokens) + 1
+    content = repr(([tokens.get(id) for id in range(n or size)], merges))
+    return hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest(), size, text_n
+
+
+def tokens_and_merges(spec):
+    """What the ids of a checked spec, not GPT-2's, stand for -> {id: bytes}, or {id: text} where tokens are not bytes; the ids that its
+    merges make, in their order; its text_vocab_size."""
+    if spec['kind'] == 'char':
+        return dict(enumerate(spec['chars'])), [], len(spec['chars'])
+    if spec['kind'] == 'byte':
+        return {**{byte: bytes((byte,)) for byte in range(256)}, 256: END_OF_TEXT.encode()}, [], 257
+    tokenizer, description = HuggingFaceTokenizer(spec['json']), json.loads(spec['json'])
+    byte_of = {char: byte for byte, char in enumerate(byte_characters())} if is_byte_level(description) else {}
+    ids = tokenizer.tokenizer.get_vocab()
+    tokens = {id: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token for token, id in ids.items()}
+    for id, token in tokenizer.tokenizer.get_added_tokens_decoder().items():  # these stand as they are
+        tokens[id] = token.content.encode('utf-8', 'surrogatepass') if byte_of else token.content
+    merges = (pair.split(' ') if isinstance(pair, str) else pair for pair in description['model'].get('merges') or ())
+    return tokens, [ids.get(''.join(pair)) for pair in merges], tokenizer.text_vocab_size
 
 
 def check_spec(spec):
@@ -290,6 +461,8 @@ def check_spec(spec):
             raise ValueError("a character tokenizer needs 'chars', a text in which no character stands twice")
     if spec['kind'] in ('bpe', 'tokenizers') and not isinstance(spec.get('json'), str):
         raise ValueError("a tokenizer of the tokenizers library needs 'json', the text of its tokenizer.json")
+    if not isinstance(spec.get('end_of_text', ''), str):
+        raise ValueError("'end_of_text' of a tokenizer must be the text of a token")
     return spec
 
 
@@ -302,26 +475,34 @@ def load_tokenizer(spec):
         return ByteTokenizer()
     if kind == 'gpt2':
         return load_gpt2()
-    return load_bpe(spec['json']) if kind == 'bpe' else HuggingFaceTokenizer(spec['json'])
+    return load_bpe(spec['json']) if kind == 'bpe' else HuggingFaceTokenizer(spec['json'], spec.get('end_of_text'))
 
 
 def spec_from_meta(meta):
-    """The spec in a data set's description (see dataloader.read_meta); GPT-2's if it has none, as with nanoGPT's GPT-2 bins; None
-    if a nanoGPT meta.pkl holds sizes only. Raises ValueError if it is unsound."""
+    """The spec in a data set's description (see dataloader.read_meta); GPT-2's if it tells nothing, as with nanoGPT's GPT-2 bins; None if
+    it tells how many ids there are but not what they mean. Raises ValueError if it is unsound."""
     if 'tokenizer' in meta:
         return check_spec(meta['tokenizer'])
     return spec_from_nanogpt(meta['nanogpt']) if 'nanogpt' in meta else GPT2_SPEC
 
 
 def spec_from_nanogpt(meta):
-    """The spec for the content of a nanoGPT meta.pkl, {'vocab_size': n, 'itos': {id: char}, 'stoi': {char: id}}; None if it
-    holds sizes only. Raises ValueError if it is anything else."""
-    if not isinstance(meta, dict) or not isinstance(meta.get('vocab_size'), int):
-        raise ValueError("it has no 'vocab_size'")
-    if 'itos' not in meta:
+    """The spec for the content of a nanoGPT meta.pkl, {'vocab_size': n, 'itos': {id: char}, 'stoi': {char: id}}, of which one of the latter
+    two is enough; None if it does not tell a character for each id: its ids may be words or notes, of which nanoGPT too asks only how many
+    there are. Raises ValueError if it contradicts itself."""
+    if not isinstance(meta, dict) or type(meta.get('vocab_size')) is not int or meta['vocab_size'] < 1:
+        raise ValueError("it has no 'vocab_size', a whole number from 1 on")
+    n, itos, stoi = meta['vocab_size'], meta.get('itos'), meta.get('stoi')
+    if itos is None and isinstance(stoi, dict):
+        itos = {id: char for char, id in stoi.items() if type(id) is int}
+    if isinstance(itos, (list, tuple)):
+        itos = dict(enumerate(itos))
+    if itos is None:
         return None
-    itos, n = meta['itos'], meta['vocab_size']
-    if (not isinstance(itos, dict) or len(itos) != n or set(itos) != set(range(n))
-            or not all(isinstance(c, str) and len(c) == 1 for c in itos.values())):
-        raise ValueError(f"its 'itos' does not map the ids 0 to {n - 1} to one character each")
+    if not isinstance(itos, dict) or not all(type(id) is int and 0 <= id < n for id in itos):
+        raise ValueError(f"its 'itos' does not map the ids 0 to {n - 1}")
+    if len(itos) < n or not all(isinstance(char, str) and len(char) == 1 for char in itos.values()):
+        return None
+    if isinstance(stoi, dict) and any(stoi.get(char) != id for id, char in itos.items()):
+        raise ValueError("its 'itos' and its 'stoi' contradict each other")
     return check_spec({'kind': 'char', 'chars': ''.join(itos[i] for i in range(n))})

@@ -4,6 +4,7 @@ import os
 import time
 
 from configurator import UserError, one_line
+from files import written_whole
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -21,26 +22,24 @@ def download(url, path, sha256, tries=3, timeout=10):
         from tqdm import tqdm
     except ImportError as error:
         raise UserError(f'downloading needs the package {error.name}: pip install {error.name}, or give --input=FILE') from error
-    part = path + '.part'
     for attempt in range(tries):
         try:
             with requests.get(url, stream=True, timeout=timeout) as response:
                 response.raise_for_status()
                 size = int(response.headers.get('content-length', 0)) or None
-                with open(part, 'wb') as file, tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(path)) as bar:
+                digest, bar = hashlib.sha256(), tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(path))
+                with written_whole(path) as file, bar:
                     for chunk in response.iter_content(2**16):
                         file.write(chunk)
+                        digest.update(chunk)
                         bar.update(len(chunk))
-            if file_sha256(part) != sha256:
-                raise OSError('what arrived has another checksum than expected')
-            os.replace(part, path)
+                    if digest.hexdigest() != sha256:
+                        raise OSError('what arrived has another checksum than expected')
             return
         except (requests.RequestException, OSError) as error:
             problem = error
             if attempt < tries - 1:
                 time.sleep(attempt + 1)
-    if os.path.exists(part):
-        os.remove(part)
     raise UserError(f'cannot download {url}: {one_line(str(problem), 120)}; try again, or give the text with --input=FILE')
 
 

@@ -9,6 +9,7 @@ Memory holds a few units of text (see sources.py), whatever the size of the whol
 The same command goes on from there. When all is done, an earlier preparation's files are deleted and the new ones move up, meta.json
 first: until the last one has moved, some are missing, and training refuses; and the same command again moves the rest.
 """
+import hashlib
 import itertools
 import json
 import os
@@ -24,9 +25,11 @@ from tqdm import tqdm
 from configurator import UserError, user_errors
 from data.sources import pieces_of
 from data.worker import Job, Workers, split_of
-from tokenizer import CharTokenizer, load_gpt2, load_tokenizer, train_bpe
+from files import LOCK, lock_folder, unlock_folder, written_whole
+from tokenizer import CharTokenizer, load_tokenizer, read_tokenizer, spec_end_of_text, train_bpe
 
 SPLITS = ('train', 'val')
+KINDS = ('char', 'byte', 'gpt2', 'bpe')
 SAVE_SECONDS = 2.0  # of work that a crash can cost
 BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from. Its different words are kept in memory, some 350 bytes a letter, and
 LONG_RUN_COST = 50  # text without spaces has nothing but different words: each letter in a long run takes as much of the sample as so many
@@ -37,45 +40,62 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
     """Prepare a data set in out_dir: token files and meta.json. The same text and settings give the same bytes, whatever the number of
     workers, and however often it was interrupted.
 
-    source: of sources.py. kind: 'char', a line end after each document; 'byte', 'gpt2', 'bpe' (trained on the text, vocab_size ids), the
-    end-of-text token after each; a single text has nothing after it. shard_tokens: ids in a file, 0 for all in one. max_tokens: stop
-    behind so many train tokens, or some more, 0 for all. workers: processes, 0 for one a core. UserError for what a person can mend.
+    source: of sources.py. kind: 'char', a line end after each document; 'byte', 'gpt2', 'bpe' (trained on the text, vocab_size ids), or the
+    path of a Hugging Face tokenizer, see tokenizer.read_tokenizer, the end-of-text token after each; a single text has nothing after it.
+    shard_tokens: ids in a file, 0 for all in one. max_tokens: stop behind so many train tokens, or some more, 0 for all. workers:
+    processes, 0 for one a core. UserError for what a person can mend.
     """
     for name, value in (('shard_tokens', shard_tokens), ('max_tokens', max_tokens), ('workers', workers)):
         if value < 0:
             raise UserError(f'--{name}={value}: must be 0 or more')
     if max_tokens and source.cut is not None:
         raise UserError('--max_tokens: takes the first of many documents; of a single text, or a few, cut off what you do not want')
-    if kind not in ('char', 'byte', 'gpt2', 'bpe'):
-        raise UserError(f"--tokenizer={kind}: must be 'char', 'byte', 'gpt2' or 'bpe'")
+    spec = None if kind in KINDS else read_foreign(kind, source)
+    which = hashlib.sha256(json.dumps(spec).encode()).hexdigest() if spec else kind
     vocab_size = vocab_size if kind == 'bpe' else 0
-    settings = [source.fingerprint, source.text_key, kind, source.val_fraction, vocab_size, shard_tokens, max_tokens]
+    settings = [source.fingerprint, source.text_key, which, source.val_fraction, vocab_size, shard_tokens, max_tokens]
     with writing(out_dir):
         folder = os.path.join(out_dir, 'preparing')
         os.makedirs(folder, exist_ok=True)
-        with locked(folder):
-            try:
-                meta = prepare(folder, source, kind, settings, workers)
-                check_shards(folder, out_dir, meta, shard_tokens)
-                if not os.path.exists(os.path.join(folder, 'meta.json')):
-                    for name in os.listdir(out_dir):  # from here on, training finds nothing until all is in place
-                        if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
-                            os.remove(os.path.join(out_dir, name))
-                    write_json(os.path.join(folder, 'meta.json'), meta)
-                publish(folder, out_dir, meta, shard_tokens)
-            except (UserError, KeyboardInterrupt) as error:
-                if not os.path.exists(os.path.join(folder, 'progress.json')):  # there is nothing to go on from
-                    shutil.rmtree(folder)
-                    with suppress(OSError):
-                        os.rmdir(out_dir)  # if it was made for this
-                    if isinstance(error, KeyboardInterrupt):
-                        print('\ninterrupted; nothing was encoded yet, the same command starts again', file=sys.stderr)
-                raise
-    print(f'{os.path.relpath(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
+        if not lock_folder(folder):
+            raise UserError(f'{folder} is being worked on by another process: wait for it, or end it')
+        try:
+            meta = prepare(folder, source, kind, spec, settings, workers)
+            check_shards(folder, out_dir, meta, shard_tokens)
+            if not os.path.exists(os.path.join(folder, 'meta.json')):
+                for name in os.listdir(out_dir):  # from here on, training finds nothing until all is in place
+                    if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
+                        os.remove(os.path.join(out_dir, name))
+                write_json(os.path.join(folder, 'meta.json'), meta)
+            publish(folder, out_dir, meta, shard_tokens)
+        except (UserError, KeyboardInterrupt) as error:
+            if not os.path.exists(os.path.join(folder, 'progress.json')):  # there is nothing to go on from
+                discard(folder)
+                with suppress(OSError):
+                    os.rmdir(out_dir)  # if it was made for this
+                if isinstance(error, KeyboardInterrupt):
+                    print('\ninterrupted; nothing was encoded yet, the same command starts again', file=sys.stderr)
+            raise
+        finally:
+            unlock_folder(folder)
+    print(f'{shortest(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
           f'vocabulary of {meta["vocab_size"]:,}')
 
 
-def prepare(folder, source, kind, settings, workers):
+def read_foreign(path, source):
+    """The spec of a Hugging Face tokenizer, given by its folder or its tokenizer.json, that a source is to be encoded with."""
+    if not os.path.exists(path):
+        raise UserError(f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, or its folder')
+    spec = read_tokenizer(path)
+    if not spec:
+        raise UserError(f'--tokenizer={path}: there is no tokenizer.json in it, nor GPT-2\'s kind of vocab.json and merges.txt')
+    if not source.single and spec_end_of_text(spec) is None:
+        raise UserError(f'--tokenizer={path}: there is no telling which token ends a document: name it as "eos_token" in a '
+                        'tokenizer_config.json beside the tokenizer')
+    return spec
+
+
+def prepare(folder, source, kind, spec, settings, workers):
     """Encode a source into a folder, or what is left of it, if the folder was begun with the same settings -> the description."""
     *_, vocab_size, shard_tokens, max_tokens = settings
     setup = read_json(os.path.join(folder, 'setup.json'), {'settings': list, 'tokenizer': dict})
@@ -84,11 +104,11 @@ def prepare(folder, source, kind, settings, workers):
         setup = None
     if not setup:
         for entry in os.scandir(folder):
-            if entry.is_dir():
-                shutil.rmtree(entry.path)
-            elif entry.name != 'lock':
-                os.remove(entry.path)
-        setup = {'settings': settings, 'tokenizer': make_tokenizer(kind, source, vocab_size)}
+            if entry.name != LOCK:
+                with suppress(OSError):  # NFS keeps what is open elsewhere; one that is in the way is told of when it is to be written
+                    delete = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove
+                    delete(entry.path)
+        setup = {'settings': settings, 'tokenizer': spec or make_tokenizer(kind, source, vocab_size)}
         write_json(os.path.join(folder, 'setup.json'), setup)
     meta = read_json(os.path.join(folder, 'meta.json'), {'tokens': dict, 'vocab_size': int})
     return meta or encode_all(folder, source, setup['tokenizer'], shard_tokens, max_tokens, workers)
@@ -104,8 +124,6 @@ def make_tokenizer(kind, source, vocab_size):
     if kind == 'bpe':
         print(f'learning a vocabulary of {vocab_size:,} ...', flush=True)
         return train_bpe(learning_texts(source), vocab_size)
-    if kind == 'gpt2':
-        load_gpt2()  # here, not in a worker, it is found out whether it can be had
     return {'kind': kind}
 
 
@@ -193,12 +211,13 @@ def encode_rest(source, job, made, workers):
                 bar.update(made.progress - bar.n)
                 if made.is_full:
                     break
+        made.save()
     except KeyboardInterrupt:
         made.save()
         print('\ninterrupted; the same command goes on from here', file=sys.stderr)
         raise
-    made.save()
-    made.close()
+    finally:
+        made.close()
 
 
 class Made:
@@ -246,7 +265,7 @@ class Made:
         write_json(self.path, self.state)
 
     def close(self):
-        """Close the files: some systems do not move open ones."""
+        """Close the files: some systems do not move or delete open ones."""
         for shards in self.shards.values():
             shards.close()
 
@@ -344,7 +363,20 @@ def publish(folder, out_dir, meta, shard_tokens):
         if os.path.exists(prepared):
             os.replace(prepared, final)
     os.remove(os.path.join(folder, 'setup.json'))  # without it, the rest is nothing to go on from
-    shutil.rmtree(folder)
+    discard(folder)
+
+
+def discard(folder):
+    """Give up a folder that this process holds, and delete it as far as the system does that: what is left of it is no obstacle."""
+    unlock_folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def shortest(path):
+    """A path as it is seen from here, if it can be."""
+    with suppress(ValueError):  # another drive of Windows
+        return os.path.relpath(path)
+    return path
 
 
 @contextmanager
@@ -355,20 +387,6 @@ def writing(out_dir):
     except OSError as error:
         raise UserError(f'cannot write {error.filename or out_dir}: {error.strerror or error}; mend that, and run the same command '
                         'again') from error
-
-
-@contextmanager
-def locked(folder):
-    """Hold a folder for as long as the context, or the process, lasts. UserError if another preparation holds it."""
-    with open(os.path.join(folder, 'lock'), 'w') as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f'{folder} is being worked on by another process: wait for it, or end it') from error
-        except (ImportError, OSError):
-            pass  # Windows, and some network disks, have no such locks
-        yield
 
 
 def read_json(path, wanted):
@@ -385,13 +403,6 @@ def read_json(path, wanted):
 
 def write_json(path, content):
     """Write a JSON file so that, whenever the power fails, it is the old one or the new one."""
-    with open(path + '.part', 'w', encoding='utf-8') as file:
+    with written_whole(path, 'w') as file:
         json.dump(content, file, indent=1)
         file.write('\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + '.part', path)
-    if os.name == 'posix':  # a rename, and a new file beside it, are durable once their folder is flushed
-        handle = os.open(os.path.dirname(path), os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

@@ -4,6 +4,7 @@ A source hands out units: pieces of about a megabyte, in a fixed order, each wit
 Reading from a position gives the same units as reading from the start, so that an interrupted preparation can go on from its last one.
 """
 import codecs
+import csv
 import gzip
 import hashlib
 import io
@@ -22,7 +23,13 @@ from tokenizer import replace_surrogates
 
 UNIT = 2**20  # characters or bytes in a unit, about
 ROWS = 256  # of a table, read at once
-KINDS = {'.jsonl': '.jsonl', '.ndjson': '.jsonl', '.jsonl.gz': '.jsonl.gz', '.jsonl.zst': '.jsonl.zst', '.parquet': '.parquet'}  # by ending
+LARGEST_ELEMENT = 2**28  # characters of an element of a JSON array: one that has no end must not fill the memory
+JSON_SPACE = re.compile(r'[ \t\n\r]*')
+TABLES = {'.jsonl': 'lines', '.ndjson': 'lines', '.json': 'array', '.csv': 'csv', '.parquet': 'parquet'}  # by ending; all else is text
+COMPRESSED = ('.gz', '.zst')
+NOT_TEXT = ('.tsv', '.html', '.htm', '.xhtml', '.xml', '.svg', '.rtf', '.pdf', '.ps', '.doc', '.docx', '.odt', '.epub', '.mobi', '.ipynb',
+            '.xlsx', '.arrow', '.feather', '.npy', '.zip', '.tar', '.bz2', '.xz', '.7z', '.rar')  # or not only text
+OWN = re.compile(r'(train|val)(_\d+)?\.bin|meta\.json|preparing|.*\.part')  # what a preparation writes into its data set's folder
 
 
 class Piece(NamedTuple):
@@ -44,18 +51,24 @@ class Unit:
 
 
 def pieces_of(unit, text_key):
-    """Yield a unit's pieces. UserError if one of its JSON lines is not an object with a text under text_key."""
+    """Yield a unit's pieces. UserError if one of its JSON lines is not an object with a text under text_key, or a text."""
     yield from unit.pieces
     at = unit.at
     for line in io.BytesIO(unit.lines):
         if line.strip():
-            with user_errors(ValueError, RecursionError, where=f'{unit.where}, byte {at}: this is no line of JSON: '):
+            where = f'{unit.where}, byte {at}'
+            with user_errors(ValueError, RecursionError, where=f'{where}: this is no line of JSON: '):
                 row = json.loads(line.decode())
-            if not isinstance(row, dict) or text_key not in row or not isinstance(row[text_key], (str, type(None))):
-                raise UserError(f'{unit.where}, byte {at}: no JSON object with a text {text_key!r}; --text_key= names another field')
-            if row[text_key]:
-                yield Piece(replace_surrogates(row[text_key]))
+            yield from json_pieces(row, text_key, where)
         at += len(line)
+
+
+def json_pieces(value, text_key, where):
+    """The piece for an object with a text under text_key, or for a bare text; none if it is empty. UserError for anything else."""
+    text = value.get(text_key, value) if isinstance(value, dict) else value
+    if not isinstance(text, (str, type(None))) or value is None:
+        raise UserError(f'{where}: no JSON object with a text {text_key!r}; --text_key= names another field')
+    return [Piece(replace_surrogates(text))] if text else []
 
 
 def grouped(parts, where):
@@ -115,44 +128,52 @@ class Documents:
 
 
 class Files:
-    """A file, or those below a folder in the order of their names: JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), tables (.parquet), and
-    whole texts, UTF-8: .txt files, or, if a folder has none of the kinds before, all that are text. Hidden files are passed over.
+    """A file, or those below a folder in the order of their names. They are tables: JSON lines (.jsonl, .ndjson), JSON arrays (.json),
+    .csv, .parquet; or whole texts, UTF-8: .txt files, or, if a folder has no tables, all that are text. All but .parquet may be compressed:
+    .gz, .zst. What is not taken is told, but for hidden files, and, in the data set's own folder, what a preparation writes there.
 
     Documents go to training or validation one by one, by a hash of their text, or of a text file's name. Fewer text files than
     1 / val_fraction are one row of text, whose end is for validation.
     """
 
-    def __init__(self, path, val_fraction, text_key='text'):
-        """UserError if there is no text in path, or it cannot be read."""
+    def __init__(self, path, val_fraction, text_key='text', own=None):
+        """own: the data set's own folder. UserError if there is no text in path, or it cannot be read."""
         check_fraction(val_fraction)
         self.root, self.val_fraction, self.text_key = path, val_fraction, text_key
-        paths, passed = list(walk(path)), 0
-        kinds = [next((KINDS[ending] for ending in KINDS if file.lower().endswith(ending)), '') for file in paths]
-        texts_only = not any(kinds)
+        kinds, refused = {}, {}  # path -> kind, None if it has none; path -> why it is not taken
+        for file in walk(path, own):
+            try:
+                kinds[file] = kind_of(file)
+            except NotText as error:
+                kinds[file], refused[file] = None, str(error)
+        texts_only = not any(kinds.values())
         self.files, self.starts, self.sizes, characters = [], [], [], 0  # (path, kind); of the text files, characters before them; bytes
         self.fingerprint = []
-        for file, kind in zip(paths, kinds):
+        for file, kind in kinds.items():
+            if kind is None:
+                continue
             try:
-                if not kind and not texts_only and not file.lower().endswith('.txt'):
-                    raise NotText(f'{file} is none of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet')
+                if not kind and not texts_only and ending_of(file) != '.txt':
+                    raise NotText(f'{file} is no .txt file, and beside tables only those are taken: give it that ending to have it read')
                 n = 1 if kind else count_characters(file)
-            except NotText:
-                if file == path:
-                    raise
-                passed += 1
+            except NotText as error:
+                refused[file] = str(error)
                 continue
             with user_errors(OSError, where=f'cannot read {file}: '):
                 stat = os.stat(file)
             if n:
                 self.files.append((file, kind))
                 self.starts.append(characters)
-                self.sizes.append(parquet_text_bytes(file, text_key) if kind == '.parquet' else stat.st_size)
+                self.sizes.append(parquet_text_bytes(file, text_key) if kind == 'parquet' else stat.st_size)
                 self.fingerprint.append([self.name(file), stat.st_size, stat.st_mtime_ns])
                 characters += n
-        if passed:
-            print(f'passed over {passed} files that are {"not UTF-8 text" if texts_only else "neither .txt nor tables"}')
+        if path in refused:  # the only file
+            raise NotText(refused[path])
+        told = f'passed over {len(refused)} files, the first: {next(refused[file] for file in kinds if file in refused)}' if refused else ''
         if not self.files:
-            raise UserError(f'there is no text in {path}')
+            raise UserError(f'there is no text in {path}' + (told and f': {told}'))
+        if told:
+            print(told)
         self.parts, self.single = len(self.files), texts_only and len(self.files) == 1
         self.cut = val_begins(characters, val_fraction) if texts_only and len(self.files) * val_fraction < 1 else None
         self.before = [0, *itertools.accumulate(self.sizes)]  # bytes before each file
@@ -176,12 +197,13 @@ class Files:
         end = len(self.files) if part is None else part + 1
         while position['file'] < end:
             n = position['file']
-            if self.files[n][1] == '':  # text files in a row share units
+            kind = self.files[n][1]
+            if not kind:  # text files in a row share units
                 last = next((i for i in range(n, end) if self.files[i][1]), end)
                 yield from grouped(self.text_pieces(position, last), self.files[n][0])
             else:
                 last = n + 1
-                yield from (self.table_units if self.files[n][1] == '.parquet' else self.line_units)(n, position['at'])
+                yield from {'lines': self.line_units, 'parquet': self.table_units}.get(kind, self.row_units)(n, position['at'])
             position = {'file': last, 'at': 0}
 
     def text_pieces(self, position, end):
@@ -189,7 +211,7 @@ class Files:
         they are cut depends on what is before, not on where reading began."""
         for n in range(position['file'], end):
             path, at = self.files[n][0], position['at'] if n == position['file'] else 0
-            with reading(path), open(path, 'rb') as raw, io.TextIOWrapper(raw, encoding='utf-8-sig') as file:
+            with opened(path) as (raw, content), io.TextIOWrapper(content, encoding='utf-8-sig') as file:
                 skip(file, at)
                 text = file.read(UNIT)
                 while text:
@@ -205,19 +227,26 @@ class Files:
 
     def line_units(self, n, at):
         """JSON lines from a byte on, as they are: parsing them is for the workers."""
-        path, kind = self.files[n]
-        with reading(path), open(path, 'rb') as raw:
-            if kind == '.jsonl':
-                file = raw
+        path, _ = self.files[n]
+        with opened(path) as (raw, file):
+            if file is raw:
                 file.seek(at)
             else:  # there is no way to the place but through what is before it
-                file = gzip.GzipFile(fileobj=raw) if kind == '.jsonl.gz' else io.BufferedReader(ZstandardFile(raw))
                 skip(file, at)
             while lines := file.read(UNIT) + file.readline():
                 start, at = at, at + len(lines)
                 if start == 0:
                     lines = lines.removeprefix(b'\xef\xbb\xbf')
                 yield Unit({'file': n, 'at': at, 'progress': self.before[n] + raw.tell()}, path, start, lines=lines)
+
+    def row_units(self, n, at):
+        """The rows of a .csv file, or the elements of a JSON array, from one on; there is no way to it but through those before it."""
+        path, kind = self.files[n]
+        rows = csv_rows if kind == 'csv' else array_elements
+        with opened(path) as (raw, content), io.TextIOWrapper(content, encoding='utf-8-sig', newline='') as file:
+            yield from grouped(((json_pieces(row, self.text_key, f'{path}, number {i + 1}'),
+                                 {'file': n, 'at': i + 1, 'progress': self.before[n] + raw.tell()})
+                                for i, row in enumerate(rows(file, path, self.text_key)) if i >= at), path)
 
     def table_units(self, n, at):
         """The rows of a parquet file from a row on; no more than a page of each column is in memory."""
@@ -316,9 +345,127 @@ class NotText(UserError):
     """A file that holds something else."""
 
 
-def walk(path):
-    """Yield the file, or the files below the folder, in the order of their names, without hidden ones."""
+def ending_of(path):
+    """How the name of a file ends, '.txt' for example, in lower case, without what says that it is compressed."""
+    name = path.lower()
+    return os.path.splitext(os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name)[1]
+
+
+def kind_of(path):
+    """What a file is read as, by its name: 'lines' of JSON, an 'array' of JSON, 'csv', 'parquet', or '' for a text. NotText if none is."""
+    ending = ending_of(path)
+    if os.path.isdir(path):
+        raise NotText(f'{path} is a link to a folder, which is not followed: move the folder itself there')
+    if ending in NOT_TEXT:
+        raise NotText(f'{path}: {ending} files are not read, make it a .txt, .jsonl, .csv or .parquet file (if it is renamed to '
+                      '.txt, it is read as it stands)')
+    if ending == '.parquet' and path.lower().endswith(COMPRESSED):
+        raise NotText(f'{path}: decompress it first')
+    kind = TABLES.get(ending, '')
+    return kind_of_json(path) if kind == 'array' else kind
+
+
+def kind_of_json(path):
+    """What a .json file is read as, by how it begins: an 'array', or 'lines' that are a value each. NotText if it is neither."""
+    with opened(path) as (_, content), io.TextIOWrapper(content, encoding='utf-8-sig') as file:
+        try:
+            start = file.read(UNIT).lstrip()
+        except UnicodeDecodeError as error:
+            raise NotText(f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance') from error
+    if start.startswith('['):
+        return 'array'
+    line, ended, _ = start.partition('\n')
+    try:
+        if ended or len(line) < UNIT:
+            json.loads(line or '{}')
+    except (ValueError, RecursionError) as error:
+        raise NotText(f'{path} is neither an array of texts or objects nor one of them a line') from error
+    return 'lines'
+
+
+@contextmanager
+def opened(path):
+    """A file of bytes -> (the file as it is on the disk, what it holds when decompressed). What goes wrong with it is a UserError."""
+    with reading(path), open(path, 'rb') as raw:
+        if path.lower().endswith('.gz'):
+            yield raw, gzip.GzipFile(fileobj=raw)
+        elif path.lower().endswith('.zst'):
+            yield raw, io.BufferedReader(ZstandardFile(raw))
+        else:
+            yield raw, raw
+
+
+def csv_rows(file, path, text_key):
+    """Yield the texts of a column of a .csv file, whose first line names the columns. UserError unless one has that name, and each row as
+    many fields."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(file, strict=True)
+    try:
+        names = next(rows, [])
+        if names.count(text_key) != 1:
+            raise UserError(f'{path}: its first line must name one column {text_key!r}: --text_key= may be one of '
+                            f'{one_line(", ".join(names), 200)}')
+        for row in rows:
+            if row and len(row) != len(names):
+                raise UserError(f'{path}, line {rows.line_num}: {len(row)} fields, where the first line names {len(names)}; a text with a '
+                                'comma, a quote or a line end in it must stand in quotes')
+            if any('\0' in field for field in row):
+                raise UserError(f'{path}, line {rows.line_num}: holds a zero byte, so it is not text: mend the file')
+            if row:
+                yield row[names.index(text_key)]
+    except csv.Error as error:
+        raise UserError(f'{path}, line {rows.line_num}: not .csv: {error}') from error
+
+
+def array_elements(file, path, text_key):
+    """Yield the elements of a JSON array. No more than a UNIT and an element are in memory."""
+    decode, text, at = json.JSONDecoder().raw_decode, '', 0
+
+    def following():
+        """The next character that is no space, '' at the end."""
+        nonlocal text, at
+        while True:
+            at = JSON_SPACE.match(text, at).end()
+            if at < len(text):
+                return text[at]
+            text, at = file.read(UNIT), 0
+            if not text:
+                return ''
+
+    def element():
+        """The value that begins here, which may go beyond what has been read."""
+        nonlocal text, at
+        while True:
+            try:
+                value, at = decode(text, at)
+                return value
+            except ValueError:
+                more = file.read(max(UNIT, len(text) - at)) if len(text) - at < LARGEST_ELEMENT else ''
+                if not more:
+                    raise
+                text, at = text[at:] + more, 0
+
+    n, comma = 0, following()  # the bracket that kind_of_json saw
+    with user_errors(ValueError, RecursionError, where=f'{path} is no array of JSON: '):
+        while comma:
+            at += 1
+            if following() != ']' or n:
+                yield element()
+                n += 1
+            comma = following() == ','
+            if not comma and following() != ']':
+                raise ValueError(f'after element {n} there is neither a comma nor the bracket that ends it')
+        at += 1
+        if following():
+            raise ValueError('something follows the bracket that ends it')
+
+
+def walk(path, own=None):
+    """Yield the file, or the files below the folder, in the order of their names, without hidden ones; links to folders are yielded as if
+    they were files. own: a folder in which what a preparation writes is left out."""
     if not os.path.isdir(path):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise UserError(f'{path} is a link to something that is not there: mend it, or delete it')
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f'{path} is neither a file nor a folder: it has to be read more than once, so write it to a file first')
         yield path
@@ -328,9 +475,12 @@ def walk(path):
         raise UserError(f'cannot read {error.filename}: {error.strerror}')
 
     for folder, folders, names in os.walk(path, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        for name in sorted(name for name in names if not name.startswith('.')):
+        is_own = own is not None and os.path.exists(own) and os.path.samefile(folder, own)
+        folders[:] = sorted(name for name in folders if not name.startswith('.') and not (is_own and OWN.fullmatch(name)))
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # os.walk does not follow them
+        for name in sorted(name for name in names if not name.startswith('.') and not (is_own and OWN.fullmatch(name))):
             yield from walk(os.path.join(folder, name))
+        yield from (os.path.join(folder, name) for name in links)
 
 
 def skip(file, n):
@@ -386,12 +536,13 @@ def count_characters(path):
     """Characters in a text file, UTF-8 whatever the locale; a byte order mark does not count, a line end is one character. UserError if
     it cannot be read or is not text."""
     n = 0
-    with user_errors(OSError, where=f'cannot read {path}: '), open(path, encoding='utf-8-sig') as file:
+    with opened(path) as (_, content), io.TextIOWrapper(content, encoding='utf-8-sig') as file:
         try:
             while text := file.read(UNIT):
-                n += len(text)
                 if '\0' in text:
-                    raise NotText(f'{path} holds zero bytes, so it is not text')
+                    raise NotText(f'{path} holds zero bytes, the first after {n + text.index(chr(0))} characters, so it is not UTF-8 text: '
+                                  'convert it first, with iconv for instance, or delete them')
+                n += len(text)
         except UnicodeDecodeError as error:
             raise NotText(f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance') from error
     return n
@@ -400,7 +551,7 @@ def count_characters(path):
 def first_bad_byte(path):
     """Offset of the first byte of a file that is not UTF-8."""
     decoder, before = codecs.getincrementaldecoder('utf-8')(), 0
-    with open(path, 'rb') as file:
+    with opened(path) as (_, file):
         while content := file.read(UNIT):
             pending = len(decoder.getstate()[0])  # bytes of a character that began in the last piece
             try:

@@ -13,15 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import local
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
-    sys.path[0] = ROOT
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
 from configurator import UserError, user_errors
 from data.sources import pieces_of
 from tokenizer import load_tokenizer
+
+# how a process is started that Ctrl-C, which is for its parent alone, does not reach
+APART = {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == 'win32' else {'start_new_session': True}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Worker:
         self.job = job  # sent with the first unit
         with user_errors(OSError, where='cannot start a worker process: '):
             self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            start_new_session=True)  # Ctrl-C is for the parent alone
+                                            **APART)
 
     def send(self, content):
         pickle.dump(content, self.process.stdin, pickle.HIGHEST_PROTOCOL)

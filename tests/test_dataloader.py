@@ -1,16 +1,17 @@
 """The order of training: a function of seed and step, whatever the ranks; windows, shards, checks."""
+import json
 import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, write_data
+from conftest import CHARS, TINY, run_forked, run_forked_ok, write_data
 
 from configurator import UserError
-from dataloader import Tokens, TrainBatches, eval_batches, read_meta
+from dataloader import Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
 from runtime import Ranks
-from tokenizer import spec_from_nanogpt
+from tokenizer import spec_from_meta, spec_from_nanogpt
 
 CPU = torch.device('cpu')
 
@@ -91,6 +92,38 @@ def test_an_epoch_takes_every_window_once(counting):
         assert sorted(taken) == [offset + 10 * i for i in range(n_windows)] and offset + 10 * n_windows < 1003
         assert taken != sorted(taken)
     assert len({min(starts[e * n_windows:(e + 1) * n_windows]) for e in range(12)}) > 3  # epochs are cut at other offsets
+
+
+def test_an_epoch_goes_on_with_batches_of_another_size(counting):
+    """A run that is resumed with larger, smaller or fewer batches still takes every window of the epoch once."""
+    def batches(batch_size, micro_batches, step=0, taken=None, steps=1, ramp=(0, 0)):
+        made = TrainBatches(counting, 10, batch_size, micro_batches, 7, 'shuffle', Ranks(), CPU, step, ramp, taken=taken)
+        starts = []
+        for s in range(step, step + steps):
+            starts += [x[0].item() for _ in range(made.micro_batches_at(s)) for x in made.next()[0]]
+        return starts, made.taken(step + steps)
+
+    whole, _ = batches(3, 4, steps=9)
+    first, taken = batches(3, 4, steps=2)
+    assert taken == 24 and first == whole[:24]
+    second, taken = batches(5, 2, step=2, taken=taken, steps=3)
+    assert taken == 54 and second == whole[24:54]
+    third, taken = batches(1, 6, step=5, taken=taken, steps=4, ramp=(2, 7))
+    assert first + second + third == whole[:taken]
+    assert batches(3, 4, step=2, taken=24)[0] == batches(3, 4, step=2)[0], 'unchanged, it is the place that the step has'
+
+
+def test_one_text_is_told_from_another(tmp_path, counting):
+    ids = np.arange(1003, dtype='<u2')
+    for n, change in enumerate((slice(0, 0), slice(0, 1), slice(1002, 1003), slice(500, 501))):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        other = ids.copy()
+        other[change] += 1
+        other.tofile(folder / 'train.bin')
+        assert (text_checksum(Tokens(str(folder), 'train', {})) == text_checksum(counting)) == (n == 0)
+    ids[:-1].tofile(folder / 'train.bin')
+    assert text_checksum(Tokens(str(folder), 'train', {})) != text_checksum(counting)
 
 
 def test_shuffle_of_a_single_window(tmp_path):
@@ -219,6 +252,121 @@ def test_meta_json_and_nanogpt_meta_pkl(tmp_path):
     assert spec_from_nanogpt(read_meta(str(theirs))['nanogpt']) == {'kind': 'char', 'chars': 'abé'}
     (theirs / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3}))
     assert spec_from_nanogpt(read_meta(str(theirs))['nanogpt']) is None
-    (theirs / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': np.int64(3)}))
-    with pytest.raises(UserError, match='only plain data'):
-        read_meta(str(theirs))
+
+
+# --- descriptions that others wrote -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('protocol', [3, 4, 5])
+@pytest.mark.parametrize('number', [np.int64(70000), np.uint8(200), np.int16(-3), np.array(5, dtype='>i4')[()], np.uint64(2**63)])
+def test_whole_numbers_of_numpy_in_a_pickle(number, protocol):
+    """As numpy's own unpickling reads them; as plain numbers, and with no code of numpy's run."""
+    content = pickle.dumps({'vocab_size': number}, protocol)
+    for module in (b'numpy._core', b'numpy.core'):  # of numpy 2 and of numpy 1
+        theirs = content.replace(b'numpy._core', module) if protocol < 4 else content
+        assert unpickle(theirs) == {'vocab_size': int(pickle.loads(content)['vocab_size'])}
+        assert type(unpickle(theirs)['vocab_size']) is int
+
+
+@pytest.mark.parametrize('content', [
+    pickle.dumps(np.float64(3)), pickle.dumps(np.arange(3)), pickle.dumps(np.dtype('O')), pickle.dumps(print), pickle.dumps(UserError('x')),
+    b'\x80\x04N' + b'r\xff\xff\xff\x7f' + b'.', b'\x80\x05\x96' + (2**40).to_bytes(8, 'little') + b'.'],
+    ids=['float', 'array', 'objects', 'function', 'instance', 'memo of 16 GiB', 'array of 1 TiB'])
+def test_anything_else_in_a_pickle_is_refused(tmp_path, content):
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    with pytest.raises(UserError, match='is not a nanoGPT meta.pkl: it (asks|holds)|expected 1099511627776 bytes'):
+        read_meta(str(tmp_path))
+
+
+@pytest.mark.parametrize('meta, chars', [
+    ({'itos': {i: f'w{i}' for i in range(60)}, 'stoi': {f'w{i}': i for i in range(60)}}, None),  # words
+    ({'itos': {i: (i, 0) for i in range(60)}}, None),  # notes, moves
+    ({'itos': {i: CHARS[i % 29] * (1 + i // 29) for i in range(60)}}, None),
+    ({'itos': {i: chr(65 + i) for i in range(59)}}, None),  # a gap
+    ({'itos': [chr(65 + i) for i in range(60)]}, ''.join(chr(65 + i) for i in range(60))),
+    ({'stoi': {chr(65 + i): i for i in range(60)}}, ''.join(chr(65 + i) for i in range(60))),
+    ({'stoi': {chr(65 + i): 2 * i for i in range(30)}}, None)])
+def test_nanogpt_meta_of_which_only_the_size_is_needed(tmp_path, meta, chars):
+    """nanoGPT trains on it; its ids are decoded only if each is known to be a character."""
+    (np.arange(500) % 60).astype('<u2').tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 60, **meta}))
+    read = read_meta(str(tmp_path))
+    assert spec_from_meta(read) == (chars and {'kind': 'char', 'chars': chars}) and read['nanogpt']['vocab_size'] == 60
+    assert len(Tokens(str(tmp_path), 'train', read, 60)) == 500
+    with pytest.raises(UserError, match='holds the id 59, the vocabulary ends at 58'):
+        Tokens(str(tmp_path), 'train', read, 59)
+
+
+def test_training_on_ids_that_are_words(workspace):
+    os.remove(workspace / 'data/tiny/meta.json')
+    (workspace / 'data/tiny/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 60, 'itos': {i: f'w{i}' for i in range(60)}}))
+    run_forked_ok('train.py', *TINY, '--max_iters=1', cwd=workspace)
+    saved = torch.load(workspace / 'out/ckpt.pt', weights_only=True)
+    assert saved['model']['transformer.wte.weight'].shape[0] == 60 and saved.get('tokenizer') is None
+    result = run_forked('sample.py', '--device=cpu', cwd=workspace)
+    assert result.returncode == 2 and 'no telling what its ids mean' in result.stderr
+
+
+@pytest.mark.parametrize('name, content', [
+    ('meta.pkl', {'vocab_size': 100277}), ('meta.pkl', {'vocab_size': np.int64(65537)}), ('meta.json', {'vocab_size': 70000}),
+    ('meta.json', {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(2**16, 2**16 + 70000)))}})])
+def test_a_vocabulary_that_needs_uint32_is_stored_as_such(tmp_path, name, content):
+    ids = np.random.default_rng(0).integers(0, 65537, 1000).astype('<u4')
+    ids[500] = 65536
+    ids.tofile(tmp_path / 'train.bin')
+    (tmp_path / name).write_bytes(pickle.dumps(content) if name == 'meta.pkl' else json.dumps(content).encode())
+    assert Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)), 65537)[0:1000].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize('vocab_size', [1, 60, 65536])
+def test_a_vocabulary_that_does_not_is_uint16(tmp_path, vocab_size):
+    (np.arange(1000) % vocab_size).astype('<u2').tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.json').write_text(json.dumps({'vocab_size': vocab_size}))
+    meta = read_meta(str(tmp_path))
+    assert spec_from_meta(meta) is None and meta['nanogpt']['vocab_size'] == vocab_size  # and not GPT-2's
+    assert len(Tokens(str(tmp_path), 'train', meta, vocab_size)) == 1000
+
+
+@pytest.mark.parametrize('stored, told', [('<u4', None), ('<i8', None), ('<u4', 'uint16'), ('<i8', 'uint32')])
+def test_ids_that_are_wider_than_they_were_taken_for(tmp_path, stored, told):
+    ids = np.random.default_rng(0).integers(0, 50257, 1000)
+    ids.astype(stored).tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.json').write_text(json.dumps({'dtype': told} if told else {'vocab_size': 50257}))
+    with pytest.raises(UserError, match='every second id is 0'):
+        Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)))
+    ids.astype('<u4').tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.json').write_text(json.dumps({'dtype': 'uint32'}))
+    assert Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)), 50257)[0:1000].tolist() == ids.tolist()
+
+
+def test_every_second_id_may_be_0_where_the_sizes_say_so(tmp_path):
+    np.tile([5, 0], 500).astype('<u2').tofile(tmp_path / 'train.bin')
+    meta = {'vocab_size': 6, 'dtype': 'uint16', 'tokens': {'train': 1000}}
+    (tmp_path / 'meta.json').write_bytes(b'\xef\xbb\xbf' + json.dumps(meta).encode())  # as an editor on Windows saves it
+    assert len(Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)), 6)) == 1000
+
+
+def test_a_meta_json_may_tell_sizes_of_what_a_meta_pkl_describes(tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'é'}}))
+    (tmp_path / 'meta.json').write_text('{"dtype": "uint32"}')
+    meta = read_meta(str(tmp_path))
+    assert meta['dtype'] == 'uint32' and spec_from_meta(meta) == {'kind': 'char', 'chars': 'abé'}
+    (tmp_path / 'meta.json').write_text('{"tokenizer": {"kind": "byte"}}')
+    assert spec_from_meta(read_meta(str(tmp_path))) == {'kind': 'byte'}
+
+
+@pytest.mark.parametrize('text', [
+    '{"vocab_size": NaN}', '{"vocab_size": 60.0}', '{"vocab_size": 0}', '{"vocab_size": -60}', '{"vocab_size": true}',
+    '{"vocab_size": "60"}',
+    '{"tokens": [1, 2]}', '{"tokens": {"train": -1}}', '{"tokens": {"train": NaN}}', '{"tokens": {"train": 1e3}}', '{"tokens": null}',
+    '{"tokens": {"val": Infinity}}', '{"vocab_size": 70000, "dtype": "uint16"}'])
+def test_numbers_in_meta_json_are_checked(tmp_path, text):
+    (tmp_path / 'meta.json').write_text(text)
+    with pytest.raises(UserError, match="meta.json is not a data set description.*: '(vocab_size|tokens|dtype)'"):
+        read_meta(str(tmp_path))
+
+
+def test_an_array_with_a_header_is_no_row_of_ids(tmp_path):
+    with open(tmp_path / 'train.bin', 'wb') as file:
+        np.save(file, np.arange(1000, dtype='<u2'))
+    with pytest.raises(UserError, match='it is a .npy file'):
+        Tokens(str(tmp_path), 'train', {}, 50257)

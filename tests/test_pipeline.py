@@ -1,4 +1,6 @@
 """From text to token files: every kind of input, any number of workers, interrupted anywhere, against naive encodings of the whole."""
+import csv
+import errno
 import glob
 import gzip
 import hashlib
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from data.pipeline import write_dataset
 from data.sources import Documents, Files, pieces_of, safe_cut
 from data.worker import Job, Worker, document_hash
 from dataloader import Tokens, read_meta
+from files import LOCK, written_whole
 from tokenizer import ByteTokenizer, load_tokenizer
 
 WORDS = ['the', ' a', 'Größe', '中文', '\n', '\n\n', '  ', '1999', "'s", '...', 'naïve', '😀', '\t', 'code(x)', '<|endoftext|>', '\u3000',
@@ -54,6 +58,17 @@ def write_input(folder, kind, documents):
         (folder / 'a.jsonl.zst').write_bytes(compress(lines[:half]) + compress(lines[half:]))
     elif kind == 'parquet':
         write_parquet(folder / 'a.parquet', documents)
+    elif kind == 'txt.gz':
+        for i, text in enumerate(documents):
+            (folder / f'{i:05d}.txt.gz').write_bytes(gzip.compress(text.encode()))
+    elif kind == 'json':
+        rows = [text if i % 3 == 0 else {'n': [i], 'text': text} for i, text in enumerate(documents)]
+        (folder / 'a.json').write_text('\ufeff' + json.dumps(rows, indent=1, ensure_ascii=False), encoding='utf-8')
+    elif kind == 'csv':
+        with open(folder / 'a.csv', 'w', encoding='utf-8-sig', newline='') as file:
+            rows = csv.writer(file)
+            rows.writerow(['n', 'text', 'source'])
+            rows.writerows([i, text, 'a, "b"'] for i, text in enumerate(documents))
     else:  # some of each
         k = len(documents) // 3
         for i, text in enumerate(documents[:k]):
@@ -75,7 +90,7 @@ def write_parquet(path, documents, row_group_size=50):
     pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
 
 
-KINDS = ['txt', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet', 'mixed']
+KINDS = ['txt', 'txt.gz', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'json', 'csv', 'parquet', 'mixed']
 
 
 def hashes(folder):
@@ -166,6 +181,103 @@ def test_a_text_larger_than_a_unit(tmp_path, monkeypatch, gpt2_vocabulary):
         assert Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist() == gpt2_vocabulary.encode(part).tolist()
 
 
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 50, 10**6])
+def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, size):
+    texts = ['a', '', ' "b\\" ', '中文 \u2028', ']', '],[', '{}', 'é' * 99, '😀']
+    path = tmp_path / 'a.json'
+    for rows in (texts, [{'text': text, 'more': [texts, {'x': [1.5, None]}]} for text in texts], [], texts[:1]):
+        for text in (json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False), f' \r\n{json.dumps(rows)}\n\n'):
+            path.write_text(text, encoding='utf-8')
+            source = Files(str(path), 0.1)
+            monkeypatch.setattr(sources, 'UNIT', size)
+            assert [piece.text for unit in source.units() for piece in unit.pieces] == [text for text in texts[:len(rows)] if text]
+            monkeypatch.undo()
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.json', '["x", "y"', 'it ends|neither a comma'), ('a.json', '["x" "y"]', 'after element 1 there is neither a comma'),
+    ('a.json', '["x",]', 'no array of JSON'), ('a.json', '["x"] ["y"]', 'something follows'), ('a.json', '["x', 'no array of JSON'),
+    ('a.json', '["x", 5]', "number 2: no JSON object with a text 'text'"),
+    ('a.json', '[{"content": "x"}]', "no JSON object with a text 'text'"),
+    ('a.json', '[' * 100000, 'no array of JSON'), ('a.json', '["x", null]', "no JSON object with a text 'text'"),
+    ('a.json', '{"text": "x"}\n{"text": \n', 'byte 14: this is no line of JSON'),
+    ('a.json', '{\n "text": "x"\n}\n', 'is neither an array of texts or objects nor one of them a line'),
+    ('a.json', '{"data": ["x"]}', "no JSON object with a text 'text'"),
+    ('a.csv', 'n,content\n1,x\n', "must name one column 'text': --text_key= may be one of n, content"),
+    ('a.csv', 'text,n,text\nx,1,y\n', "must name one column 'text'"),
+    ('a.csv', 'n;text\n1;x\n', "must name one column 'text'"),
+    ('a.csv', 'n,text\n1,Hello, world\n', 'line 2: 3 fields, where the first line names 2'),
+    ('a.csv', 'n,text\n1,x\n2\n', 'line 3: 1 fields'), ('a.csv', 'n,text\n1,"x\0y"\n', 'line 2: (holds a zero byte|not .csv)'),
+    ('a.csv', 'n,text\n1,"x\n2,y\n', 'not .csv: unexpected end of data'), ('a.csv', 'n,text\n1,"x" y\n', 'line 2: not .csv')])
+def test_a_table_that_is_not_what_it_says(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        for unit in Files(str(tmp_path / name), 0.1).units():
+            list(pieces_of(unit, 'text'))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_one_value_a_line_may_be_called_json(tmp_path):
+    """With a byte order mark and line ends of Windows, too."""
+    for name in ('a.json', 'a.jsonl'):
+        (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n"two"\r\n{"text": "three\\r\\n"}')
+        units = Files(str(tmp_path / name), 0.1).units()
+        assert [piece.text for unit in units for piece in pieces_of(unit, 'text')] == ['one', 'two', 'three\r\n']
+
+
+@pytest.mark.parametrize('name, content', [
+    ('a.tsv', b'text\nx'), ('page.HTML', b'<p>x'), ('a.pdf', b'%PDF-1.4 x'), ('a.zip', b'PK'), ('a.ipynb', b'{}'), ('a.html.gz', b'x'),
+    ('a.parquet.gz', b'x'), ('a.json', b'{\n"name": "x"}'), ('a.txt', 'x'.encode('utf-16')), ('a.txt', b'x\0'), ('a.md', b'caf\xe9'),
+    ('a.txt.gz', gzip.compress(b'x\0')), ('a', gzip.compress(b'x'))])
+def test_what_is_not_text_is_refused_by_name_or_passed_over_by_name(tmp_path, capsys, name, content):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        Files(str(folder / name), 0.1)
+    assert str(folder / name) in str(error.value) and 'no text in' not in str(error.value)
+    with pytest.raises(UserError, match='there is no text in .*: passed over 1 files, the first: ') as error:
+        Files(str(folder), 0.1)
+    assert str(folder / name) in str(error.value)
+    (folder / 'b.txt').write_text('a novel')
+    (folder / 'z.html').write_text('<p>a page')
+    source = Files(str(folder), 0.1)
+    assert [path for path, _ in source.files] == [str(folder / 'b.txt')]
+    out = capsys.readouterr().out
+    assert out.startswith(f'passed over 2 files, the first: {folder / name}') and len(out.splitlines()) == 1
+
+
+def test_what_a_folder_takes(tmp_path, capsys):
+    """Beside tables only .txt files, else all that are text; hidden files and folders are nothing."""
+    for name in ('a.txt', 'b.md', 'c.py', '.hidden.txt', '.git/config', 'deep/d.TXT', 'e.txt.gz'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(b'some text') if name.endswith('gz') else b'some text')
+    def taken():
+        return [os.path.relpath(path, tmp_path) for path, _ in Files(str(tmp_path), 0.1).files]
+
+    assert taken() == ['a.txt', 'b.md', 'c.py', 'e.txt.gz', 'deep/d.TXT']
+    assert not capsys.readouterr().out
+    (tmp_path / 'f.csv').write_text('text\nsome text\n')
+    assert taken() == ['a.txt', 'e.txt.gz', 'f.csv', 'deep/d.TXT']
+    assert f'passed over 2 files, the first: {tmp_path / "b.md"} is no .txt file' in capsys.readouterr().out
+
+
+def test_links(tmp_path, capsys):
+    """A link to a file is the file; one to a folder is told of; one to nothing is an error."""
+    folder, elsewhere = tmp_path / 'in', tmp_path / 'elsewhere'
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / 'a.txt').write_text('some text')
+    os.symlink(elsewhere / 'a.txt', folder / 'a.txt')
+    os.symlink(elsewhere, folder / 'b')
+    assert [path for path, _ in Files(str(folder), 0.1).files] == [str(folder / 'a.txt')]
+    assert f'passed over 1 files, the first: {folder / "b"} is a link to a folder' in capsys.readouterr().out
+    os.symlink(elsewhere / 'gone.txt', folder / 'c.txt')
+    with pytest.raises(UserError, match='c.txt is a link to something that is not there: mend it, or delete it'):
+        Files(str(folder), 0.1)
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -175,8 +287,8 @@ def test_every_kind_of_input_in_full(tmp_path, kind):
     source = Files(str(write_input(tmp_path / 'in', kind, documents)), 0.1)
     write_dataset(str(tmp_path / 'data'), source, 'byte', shard_tokens=5000, workers=2)
     keys = documents
-    if kind in ('txt', 'mixed'):
-        names = sorted(path.name for path in (tmp_path / 'in').glob('*.txt'))
+    if kind in ('txt', 'txt.gz', 'mixed'):
+        names = sorted(path.name for path in (tmp_path / 'in').glob('*.txt*'))
         keys = names + documents[len(names):]
     of_val = [document_hash(key) < 0.1 * 2**64 for key in keys]
     assert decoded(tmp_path / 'data', 'val') == [text for text, val in zip(documents, of_val) if val]
@@ -205,7 +317,7 @@ class Interrupted:
             yield unit
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind not in ('txt.gz', 'csv')])  # read like others of these
 def test_interrupted_anywhere_and_with_any_workers_the_bytes_are_the_same(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sources, 'UNIT', 2000)
     monkeypatch.setattr(sources, 'ROWS', 16)
@@ -449,12 +561,93 @@ def test_a_full_disk_is_seen_before_it_is_full(tmp_path, monkeypatch):
 
 
 def test_two_preparations_of_one_data_set(tmp_path):
+    fcntl = pytest.importorskip('fcntl')
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(20)))
     (tmp_path / 'data/preparing').mkdir(parents=True)
-    with pipeline.locked(str(tmp_path / 'data/preparing')):
+    with open(tmp_path / 'data/preparing' / LOCK, 'w') as other:  # opened once more, it is as another process's
+        fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match='is being worked on by another process'):
             write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+
+
+def naming_open_files(real):
+    """os.unlink as NFS has it: a file that is open anywhere in this process gets another name instead, and goes when it is closed."""
+    def unlink(path, *, dir_fd=None):
+        wanted = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        for number in os.listdir('/proc/self/fd'):
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(int(number)), wanted):
+                    return os.rename(path, os.path.join(os.path.dirname(path), f'.nfs{number}'), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        return real(path, dir_fd=dir_fd)
+    return unlink
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='tells open files on Linux only')
+def test_where_open_files_cannot_be_deleted(tmp_path, monkeypatch):
+    """However it ends, no file is open any more when its folder is deleted."""
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
+    monkeypatch.setattr(os, 'unlink', naming_open_files(os.unlink))
+    monkeypatch.setattr(os, 'remove', os.unlink)
+    with pytest.raises(UserError, match='two different documents'):
+        write_dataset(str(tmp_path / 'one'), Files(str(write_input(tmp_path / 'few', 'jsonl', ['one text'])), 0.1), 'byte')
+    assert not (tmp_path / 'one').exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='GB more will be needed'):
+        patch.setattr(pipeline.shutil, 'disk_usage', lambda folder: type('', (), {'free': -1}))
+        write_dataset(str(tmp_path / 'one'), Files(path, 0.1), 'byte')
+    assert not (tmp_path / 'one').exists()
+    for _ in range(2):
+        write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte', shard_tokens=100)
+        assert not (tmp_path / 'data/preparing').exists()
+
+
+def test_a_file_that_the_system_keeps_is_no_obstacle(tmp_path, monkeypatch):
+    """As .nfs00001, which stays for as long as another machine has it open."""
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
+    real = os.unlink
+
+    def unlink(path, **arguments):
+        if '.nfs' in str(path):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        real(path, **arguments)
+
+    monkeypatch.setattr(os, 'unlink', unlink)
+    monkeypatch.setattr(os, 'remove', unlink)
+    (tmp_path / 'data/preparing').mkdir(parents=True)
+    (tmp_path / 'data/preparing/.nfs00001').write_text('')
+    for _ in range(2):
+        write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+        assert os.listdir(tmp_path / 'data/preparing') == ['.nfs00001']
+        assert len(Tokens(str(tmp_path / 'data'), 'train', read_meta(str(tmp_path / 'data')))) > 100
+
+
+def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
+    """As on CIFS: what a file holds is flushed, and what is in the folder is up to the system."""
+    real, flushed = os.fsync, []
+
+    def fsync(file):
+        number = file if isinstance(file, int) else file.fileno()
+        if os.path.isdir(f'/proc/self/fd/{number}'):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flushed.append(number)
+        real(number)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
+    assert len(flushed) >= 5 and len(decoded(tmp_path / 'data', 'train')) > 30
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / 'a.json'
+    for content in ('one\r\nä', 'two\n'):
+        with written_whole(str(target), 'w') as file:
+            file.write(content)
+        assert target.read_bytes() == content.encode()
+    with pytest.raises(KeyboardInterrupt), written_whole(str(target)) as file:
+        file.write(b'three')
+        raise KeyboardInterrupt
+    assert target.read_bytes() == b'two\n' and os.listdir(tmp_path) == ['a.json']
 
 
 def test_a_worker_that_dies_is_one_line():
@@ -511,6 +704,86 @@ def test_uint32_where_the_vocabulary_needs_it(tmp_path, monkeypatch):
     assert meta['dtype'] == 'uint32' and os.path.getsize(tmp_path / 'data/train.bin') == 4 * 126000
     ids = Tokens(str(tmp_path / 'data'), 'train', meta, 70000)[0:126000]
     assert load_tokenizer(meta['tokenizer']).decode(ids.tolist()) == text[:126000]
+
+
+# --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def model_folder(tmp_path_factory):
+    """A model's folder, with a tokenizer that is not of bytes, and asks to cut texts short."""
+    tokenizers = pytest.importorskip('tokenizers')
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    library = tokenizers.Tokenizer(models.BPE(unk_token='<unk>'))
+    library.normalizer, library.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    special = ['<unk>', '</s>', '<|endoftext|>']
+    texts = [text.replace('<|endoftext|>', '') for text in make_documents(300)]
+    library.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    library.enable_truncation(5)
+    folder = tmp_path_factory.mktemp('model')
+    library.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': {'content': '</s>'}, 'model_max_length': 5}))
+    return folder
+
+
+@pytest.mark.parametrize('name, workers', [('', 1), ('tokenizer.json', 3)])
+def test_the_tokenizer_of_a_model(tmp_path, monkeypatch, model_folder, name, workers):
+    """Document by document what the library gives, each followed by the eos token, which no text is, however it is spelled."""
+    import tokenizers
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    library = tokenizers.Tokenizer.from_file(str(model_folder / 'tokenizer.json'))
+    library.no_truncation()
+    library.encode_special_tokens = True
+    documents = make_documents(120) + ['</s>', 'a </s> and <|endoftext|>', 3 * '</s>']
+    path = str(write_input(tmp_path / 'in', 'jsonl', documents))
+    given = os.path.join(model_folder, name)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 7), given, workers=workers)
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), given, workers=workers)
+    meta = read_meta(str(tmp_path / 'data'))
+    assert meta['vocab_size'] == 400 and meta['tokenizer']['json'] == (model_folder / 'tokenizer.json').read_text(encoding='utf-8')
+    end = library.token_to_id('</s>')
+    for split in ('train', 'val'):
+        chosen = [text for text in documents if (document_hash(text) < 0.1 * 2**64) == (split == 'val')]
+        naive = [i for text in chosen for i in [*library.encode(text, add_special_tokens=False).ids, end]]
+        assert Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist() == naive and naive.count(end) == len(chosen)
+
+
+def test_another_tokenizer_of_the_same_name_starts_anew(tmp_path, monkeypatch, model_folder, capsys):
+    monkeypatch.setattr(sources, 'UNIT', 500)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(100)))
+    shutil.copytree(model_folder, tmp_path / 'm')
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 7), str(tmp_path / 'm'))
+    (tmp_path / 'm/tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>"}')
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'm'))
+    assert 'starting anew' in capsys.readouterr().out
+    meta = read_meta(str(tmp_path / 'data'))
+    ids = Tokens(str(tmp_path / 'data'), 'train', meta)[0:meta['tokens']['train']].tolist()
+    assert ids.count(2) == meta['documents']['train'] and ids.count(1) == 0
+
+
+def test_a_tokenizer_that_ends_no_document(tmp_path, model_folder):
+    """Enough for one text, of which documents need not be told apart."""
+    (tmp_path / 'm').mkdir()
+    library = json.loads((model_folder / 'tokenizer.json').read_text())
+    text = json.dumps(library).replace('<|endoftext|>', '<|other|>')
+    (tmp_path / 'm/tokenizer.json').write_text(text)
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(20)))
+    with pytest.raises(UserError, match='no telling which token ends a document: name it as "eos_token"'):
+        write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'm'))
+    (tmp_path / 'book.txt').write_text('a novel ' * 99)
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'book.txt'), 0.1), str(tmp_path / 'm'))
+    assert not (tmp_path / 'data/preparing').exists()
+
+
+@pytest.mark.parametrize('name, words', [('absent', 'must be char, byte, gpt2, bpe, or the tokenizer.json'),
+                                         ('', 'there is no tokenizer.json in it'), ('a.jsonl', 'not a tokenizer.json')])
+def test_what_is_no_tokenizer(tmp_path, name, words):
+    path = write_input(tmp_path / 'in', 'jsonl', make_documents(20))
+    with pytest.raises(UserError, match=words):
+        write_dataset(str(tmp_path / 'data'), Files(str(path), 0.1), str(path / name))
+    assert not (tmp_path / 'data').exists()
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -570,6 +843,44 @@ def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             assert (tmp_path / 'often/preparing/progress.json').exists()
     assert hashes(tmp_path / 'often') == hashes(tmp_path / 'once')
+
+
+def test_the_data_folder_may_be_a_link(data_folder, tmp_path_factory):
+    """To another disk; what is written goes there."""
+    elsewhere = tmp_path_factory.mktemp('disk') / 'sets' / 'data'
+    shutil.move(data_folder / 'data', elsewhere)
+    os.symlink(elsewhere, data_folder / 'data')
+    (data_folder / 'a.txt').write_text('some text ' * 99)
+    result = prepare(data_folder, 'text', '--input=a.txt')
+    assert result.returncode == 0, result.stderr
+    assert (elsewhere / 'text/a/train.bin').exists()
+
+
+def test_another_package_called_data_does_no_harm(data_folder):
+    (data_folder / 'others/data').mkdir(parents=True)
+    (data_folder / 'others/data/__init__.py').write_text('raise ImportError("the wrong one")')
+    (data_folder / 'a.txt').write_text('some text ' * 99)
+    result = prepare(data_folder, 'text', '--input=a.txt', PYTHONPATH=str(data_folder / 'others'))
+    assert result.returncode == 0, result.stderr
+
+
+def test_text_that_lies_in_the_data_sets_own_folder(data_folder):
+    """What the script wrote there is no input: twice the same, also of a folder that holds the data set's, and after an interruption."""
+    own = data_folder / 'data/text/m'
+    own.mkdir()
+    (own / 'input.txt').write_text('some text ' * 99)
+    runs = []
+    for _ in range(2):
+        run_forked_ok(data_folder / 'data/text/prepare.py', '--input=data/text/m', cwd=data_folder)
+        runs.append(hashes(own))
+        (own / 'preparing').mkdir()
+        (own / 'preparing/notes.txt').write_text('left by an interruption')
+        (own / 'meta.json.part').write_text('and this')
+    assert runs[0] == {name: runs[1][name] for name in runs[0]} and set(runs[0]) == {'input.txt', 'train.bin', 'val.bin', 'meta.json'}
+    assert json.loads((own / 'meta.json').read_text())['tokens'] == {'train': 891, 'val': 99}
+    (data_folder / 'books').symlink_to(data_folder / 'data/text')
+    source = Files(str(data_folder / 'books'), 0.1, own=str(own))
+    assert sorted(os.path.basename(path) for path, _ in source.files) == ['input.txt', 'prepare.py']
 
 
 SHAPE = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',

@@ -1,5 +1,9 @@
 """Text to ids and back, for any text."""
+import functools
+import json
+import os
 import random
+import sys
 
 import pytest
 from conftest import SHARED
@@ -12,12 +16,15 @@ from tokenizer import (
     HuggingFaceTokenizer,
     TextStream,
     byte_characters,
+    check_known,
     check_spec,
     load_tokenizer,
+    read_tokenizer,
     same_ids,
     spec_end_of_text,
     spec_from_nanogpt,
     spec_vocab_size,
+    text_vocab_size,
     train_bpe,
 )
 
@@ -154,8 +161,7 @@ def test_facts_of_a_spec(trained, gpt2_vocabulary):
     for tokenizer in (trained[0], ByteTokenizer(), CharTokenizer.train('abc'), gpt2_vocabulary):
         assert spec_vocab_size(tokenizer.spec()) == tokenizer.vocab_size == len(tokenizer.token_bytes())
         assert spec_end_of_text(tokenizer.spec()) == tokenizer.end_of_text
-    foreign = {'kind': 'tokenizers', 'json': '{}'}
-    assert same_ids(GPT2_SPEC, foreign) and same_ids(GPT2_SPEC, dict(GPT2_SPEC))
+    assert same_ids(GPT2_SPEC, dict(GPT2_SPEC))
     assert not same_ids(GPT2_SPEC, {'kind': 'byte'}) and not same_ids({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'ac'})
 
 
@@ -175,15 +181,244 @@ def test_unsound_specs(spec):
         check_spec(spec)
 
 
-@pytest.mark.parametrize('meta', [[], {}, {'vocab_size': 2, 'itos': {0: 'a'}}, {'vocab_size': 1, 'itos': {1: 'a'}},
-                                  {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}}, {'vocab_size': 1, 'itos': {0: 'ab'}},
-                                  {'vocab_size': '2', 'itos': {}}])
+@pytest.mark.parametrize('meta', [[], {}, {'vocab_size': 1, 'itos': {1: 'a'}}, {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}},
+                                  {'vocab_size': '2', 'itos': {}}, {'vocab_size': 0}, {'vocab_size': -1}, {'vocab_size': True},
+                                  {'vocab_size': 2, 'itos': {0: 'a', 'b': 1}}, {'vocab_size': 1, 'itos': {-1: 'a'}},
+                                  {'vocab_size': 2, 'itos': 'ab'}, {'vocab_size': 2, 'itos': ['a', 'b', 'c']},
+                                  {'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}}])
 def test_unsound_nanogpt_meta(meta):
     with pytest.raises(ValueError):
         spec_from_nanogpt(meta)
 
 
+# --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
 
+@functools.cache
+def gpt2_files():
+    """GPT-2's tokenizer as Hugging Face stores it, made from tiktoken's ranks -> vocab.json's dict, merges.txt's pairs, tokenizer.json's
+    dict. In a token of several bytes, what was merged by lower ranks leaves two parts: these are its merge."""
+    from tokenizer import load_gpt2
+    char, bpe = byte_characters(), load_gpt2().bpe
+    ranks = {bpe.decode_single_token_bytes(i): i for i in range(50256)}
+    merges = []
+    for token, rank in ranks.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            lowest = min((ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])))
+            i = next(i for i in range(len(parts) - 1) if ranks.get(parts[i] + parts[i + 1], rank) == lowest)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append([''.join(char[byte] for byte in part) for part in parts])
+    vocab = {''.join(char[byte] for byte in token): rank for token, rank in ranks.items()} | {'<|endoftext|>': 50256}
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+    end = {'id': 50256, 'content': '<|endoftext|>', 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
+           'normalized': True}
+    return vocab, merges, {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [end], 'normalizer': None,
+                           'pre_tokenizer': byte_level, 'post_processor': None, 'decoder': byte_level,
+                           'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges}}
+
+
+def foreign(description, **arguments):
+    """The spec for a tokenizer.json's dict."""
+    return {'kind': 'tokenizers', 'json': json.dumps(description, **arguments)}
+
+
+def changed(description, **model):
+    return {**description, 'model': {**description['model'], **model}}
+
+
+def with_token(description, token, id, special=True):
+    added = {**description['added_tokens'][0], 'id': id, 'content': token, 'special': special}
+    return {**description, 'added_tokens': [*description['added_tokens'], added]}
+
+
+def test_gpt2s_tokenizer_is_told_by_its_tokens(gpt2_vocabulary):
+    """However its JSON is written; and nothing else of its size is taken for it."""
+    pytest.importorskip('tokenizers')
+    vocab, merges, description = gpt2_files()
+    old = foreign(changed(description, merges=[' '.join(pair) for pair in merges]), indent=1)
+    assert same_ids(GPT2_SPEC, old) and same_ids(foreign(description), GPT2_SPEC)
+    swapped = changed(description, vocab={**vocab, 'Ġhello': vocab['Ġworld'], 'Ġworld': vocab['Ġhello']})
+    for other in (swapped, changed(description, merges=[merges[1], merges[0], *merges[2:]])):
+        assert len(other['model']['vocab']) == 50257 and not same_ids(GPT2_SPEC, foreign(other))
+
+
+def test_a_token_added_behind_the_vocabulary_changes_no_other(gpt2_vocabulary):
+    pytest.importorskip('tokenizers')
+    padded = foreign(with_token(gpt2_files()[2], '[PAD]', 50257))
+    assert same_ids(GPT2_SPEC, padded) and not same_ids(padded, GPT2_SPEC)  # whose data may hold the id 50257
+    tokenizer = load_tokenizer(padded)
+    assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (50258, 50257)
+    ids = tokenizer.encode('a[PAD]', special=True).tolist()
+    assert ids == [64, 50257]
+    check_known(ids, 50258, tokenizer)
+    check_known([], 1, tokenizer)
+    with pytest.raises(ValueError, match=r"the model has no token '\[PAD\]': it has 50257 ids, this is the id 50257"):
+        check_known(ids, 50257, tokenizer)
+
+
+def test_same_ids_of_small_tokenizers(trained):
+    ours, library = trained
+    description = json.loads(ours.spec()['json'])
+    assert same_ids(ours.spec(), foreign(description, indent=2)) and same_ids(foreign(description, indent=2), ours.spec())
+    fewer = changed(description, merges=description['model']['merges'][:-1],
+                    vocab={token: id for token, id in description['model']['vocab'].items() if id != 1499})
+    assert not same_ids(ours.spec(), foreign(fewer)) and not same_ids(foreign(fewer), ours.spec())
+    assert not same_ids({'kind': 'byte'}, ours.spec()) and not same_ids({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'})
+
+
+def write_folder(folder, **files):
+    """A model's folder: NAME=content of NAME.json, merges of merges.txt."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    for name, content in files.items():
+        text = '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in content) if name == 'merges' else json.dumps(content)
+        (folder / f'{name}.{"txt" if name == "merges" else "json"}').write_text(text, encoding='utf-8')
+    return str(folder)
+
+
+def test_vocab_json_and_merges_txt_of_gpt2(tmp_path, gpt2_vocabulary):
+    pytest.importorskip('tokenizers')
+    vocab, merges, _ = gpt2_files()
+    spec = read_tokenizer(write_folder(tmp_path / 'm', vocab=vocab, merges=merges))
+    tokenizer, rng = load_tokenizer(spec), random.Random(6)
+    assert same_ids(GPT2_SPEC, spec) and (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
+    assert tokenizer.encode('a<|endoftext|>b', special=True).tolist() == [64, 50256, 65]
+    for _ in range(200):
+        text = unruly_text(rng)
+        assert tokenizer.encode(text).tolist() == gpt2_vocabulary.encode(text).tolist()
+        assert tokenizer.encode(text, special=True).tolist() == gpt2_vocabulary.encode(text, special=True).tolist()
+    assert tokenizer.token_bytes().tolist() == gpt2_vocabulary.token_bytes().tolist()
+
+
+SMALL_VOCAB = {**{char: i for i, char in enumerate(byte_characters())}, 'th': 256, '</s>': 257, '<|endoftext|>': 258, '<|end|>': 259}
+
+
+def small(added=('</s>',), **changes):
+    """A small tokenizer.json's dict."""
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+    tokens = [{'id': SMALL_VOCAB[token], 'content': token, 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
+               'normalized': False} for token in added]
+    model = {'type': 'BPE', 'vocab': SMALL_VOCAB, 'merges': [['t', 'h']]}
+    return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': tokens, 'normalizer': None, 'pre_tokenizer': byte_level,
+            'post_processor': None, 'decoder': byte_level, 'model': model, **changes}
+
+
+def test_tokens_that_were_added_to_a_vocab_json(tmp_path):
+    pytest.importorskip('tokenizers')
+    files = {'vocab': SMALL_VOCAB, 'merges': [('t', 'h')]}
+    bare = read_tokenizer(write_folder(tmp_path / 'm', **files))
+    decoder = {'258': {'content': '<|endoftext|>'}, '257': {'content': '</s>', 'special': True}, '260': {'content': '[PAD]'}}
+    for added in ({'added_tokens': {'[PAD]': 260, '</s>': 257}}, {'tokenizer_config': {'added_tokens_decoder': decoder}}):
+        spec = read_tokenizer(write_folder(tmp_path / 'm', **files, **added))
+        assert load_tokenizer(spec).encode('a[PAD]</s>', special=True).tolist() == [SMALL_VOCAB['a'], 260, 257]
+        assert same_ids(bare, spec) and not same_ids(spec, bare)
+        assert (load_tokenizer(spec).text_vocab_size, text_vocab_size(spec), text_vocab_size(bare)) == (260, 260, 260)
+    both = read_tokenizer(write_folder(tmp_path / 'm', tokenizer=small(), **files))
+    assert json.loads(both['json']) == small()
+
+
+@pytest.mark.parametrize('files, end', [
+    ({}, 258),  # <|endoftext|>, which the vocabulary has
+    ({'tokenizer_config': {'eos_token': '</s>'}}, 257),
+    ({'tokenizer_config': {'eos_token': {'content': '<|end|>', 'special': True}}, 'config': {'eos_token_id': 257}}, 259),
+    ({'special_tokens_map': {'eos_token': {'content': '</s>'}}}, 257),
+    ({'tokenizer_config': {'eos_token': None}, 'special_tokens_map': {'eos_token': '</s>'}}, 257),
+    ({'generation_config': {'eos_token_id': [50256, 257]}}, 257),
+    ({'config': {'eos_token_id': 257}}, 257),
+    ({'config': {'eos_token_id': 84}}, 258),  # a word's id, as GPT-2's 50256 is that of a word elsewhere
+    ({'config': {'eos_token_id': -1}, 'generation_config': {'eos_token_id': 'x'}}, 258)])
+def test_what_ends_a_text_is_what_the_folder_names(tmp_path, files, end):
+    pytest.importorskip('tokenizers')
+    folder = write_folder(tmp_path / 'm', tokenizer=small(), **files)
+    for path in (folder, os.path.join(folder, 'tokenizer.json')):
+        spec = read_tokenizer(path)
+        assert load_tokenizer(spec).end_of_text == spec_end_of_text(spec) == end
+        assert load_tokenizer(check_spec(json.loads(json.dumps(spec)))).spec() == spec
+
+
+def test_nothing_ends_a_text_where_nothing_is_named(tmp_path):
+    pytest.importorskip('tokenizers')
+    description = small(added=())
+    description['model'] = {**description['model'], 'vocab': {token: id for token, id in SMALL_VOCAB.items() if id < 257}}
+    spec = read_tokenizer(write_folder(tmp_path / 'm', tokenizer=description, tokenizer_config={'eos_token': '</s>'}))
+    assert load_tokenizer(spec).end_of_text is None
+    with pytest.raises(ValueError, match="its end of text, '</s>', is not in the vocabulary"):
+        load_tokenizer({**spec, 'end_of_text': '</s>'})
+
+
+def test_no_text_is_cut_off_or_filled_up(tmp_path):
+    """A tokenizer.json may ask for the length that its model reads."""
+    pytest.importorskip('tokenizers')
+    asking = small(truncation={'max_length': 5, 'strategy': 'LongestFirst', 'stride': 0, 'direction': 'Right'},
+                   padding={'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
+                            'pad_token': '!'})
+    for text in ('the thing </s> of it', 'th'):
+        ids = load_tokenizer(foreign(asking)).encode(text).tolist()
+        assert ids == load_tokenizer(foreign(small())).encode(text).tolist() and load_tokenizer(foreign(asking)).decode(ids) == text
+
+
+def test_special_tokens_spelled_in_text_are_text(tmp_path):
+    pytest.importorskip('tokenizers')
+    tokenizer = load_tokenizer(foreign(small()))
+    assert 257 not in tokenizer.encode('a</s>b') and tokenizer.decode(tokenizer.encode('a</s>b').tolist()) == 'a</s>b'
+    assert tokenizer.encode('a</s>b', special=True).tolist() == [SMALL_VOCAB['a'], 257, SMALL_VOCAB['b']]
+
+
+@pytest.mark.parametrize('kind', ['WordLevel', 'Unigram'])
+def test_special_tokens_that_are_words_of_the_vocabulary_too(kind):
+    """Whose spelling the library would take for them even as text."""
+    tokenizers = pytest.importorskip('tokenizers')
+    words = ['<unk>', '</s>', '<', '/', 's', '>', 'a', '/s>']
+    model = (tokenizers.models.WordLevel({word: id for id, word in enumerate(words)}, '<unk>') if kind == 'WordLevel'
+             else tokenizers.models.Unigram([(word, -float(len(word) == 1)) for word in words], 0))
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(['<unk>', '</s>'])
+    library.encode_special_tokens = True
+    assert 1 in library.encode('a </s> a').ids
+    tokenizer = load_tokenizer({'kind': 'tokenizers', 'json': library.to_str(), 'end_of_text': '</s>'})
+    for text in ('a </s> a', '</s>', 'a </s> </s> ? a'):
+        ids = tokenizer.encode(text).tolist()
+        assert 1 not in ids and ids.count(2) == text.count('</s>') and ids.count(6) == text.count('a')
+    assert tokenizer.encode('? a').tolist() == [0, 6] and tokenizer.encode('a</s>', special=True).tolist() == [6, 1]
+
+
+@pytest.mark.parametrize('files, words', [
+    ({'tokenizer': []}, 'not a tokenizer.json'),
+    ({'tokenizer': {'model': None}}, 'not a tokenizer.json'),
+    ({'tokenizer': small(model={'type': 'BPE', 'vocab': {'a': 0, 'b': 4 * 10**9}, 'merges': []})}, 'its ids go up to 4000000000'),
+    ({'tokenizer': small(), 'tokenizer_config': ['</s>']}, 'tokenizer_config.json: it holds no JSON object'),
+    ({'vocab': SMALL_VOCAB, 'merges': [('x', 'yz')]}, 'cannot read'),
+    ({'vocab': ['a'], 'merges': []}, 'cannot read'),
+    ({'vocab': SMALL_VOCAB, 'merges': [], 'tokenizer_config': {'tokenizer_class': 'CLIPTokenizer'}}, 'those of a CLIPTokenizer'),
+    ({'vocab': SMALL_VOCAB, 'merges': [], 'added_tokens': {'[PAD]': 300}}, "'.PAD.' cannot have the id 300"),
+    ({'vocab': SMALL_VOCAB, 'merges': [], 'added_tokens': {'[PAD]': 'x'}}, 'does not map tokens to ids'),
+    ({'vocab': SMALL_VOCAB, 'merges': [], 'tokenizer_config': {'added_tokens_decoder': {'x': {'content': '[PAD]'}}}}, 'cannot read')])
+def test_unsound_files_of_a_tokenizer(tmp_path, files, words):
+    pytest.importorskip('tokenizers')
+    with pytest.raises(UserError, match=words) as error:
+        read_tokenizer(write_folder(tmp_path / 'm', **files))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    """Even of a model of GPT-2's size: it is not known to be GPT-2's."""
+    from origin import pretrained_tokenizer
+    assert read_tokenizer(str(tmp_path)) is None
+    assert read_tokenizer(write_folder(tmp_path / 'm', vocab=SMALL_VOCAB, config={'vocab_size': 50257})) is None
+    assert pretrained_tokenizer(str(tmp_path / 'm')) is None and pretrained_tokenizer('gpt2-xl') == GPT2_SPEC
+
+
+def test_without_the_tokenizers_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    for files in ({'tokenizer': small()}, {'vocab': SMALL_VOCAB, 'merges': []}):
+        with pytest.raises(UserError, match='needs the package tokenizers: pip install tokenizers'):
+            read_tokenizer(write_folder(tmp_path / 'm', **files))
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 def unicode_text(rng, n=40):
     """Text of every length of UTF-8, with marks that combine and a real U+FFFD."""

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, '..', '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # by name: HERE/../.. is elsewhere if data/ is a link
 from configurator import UserError, configure
 from data.pipeline import write_dataset
 from data.sources import Documents

@@ -3,14 +3,14 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, '..', '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # by name: HERE/../.. is elsewhere if data/ is a link
 from configurator import configure
 from data.download import SHAKESPEARE_SHA256, SHAKESPEARE_URL, download
 from data.pipeline import write_dataset
 from data.sources import Files
 
 input = ''  # a copy of the text, in place of the download
-configure(globals())
+configure(globals(), paths=('input',))
 
 path = input or os.path.join(HERE, 'input.txt')
 if not input:
