@@ -3,7 +3,7 @@
     python bench.py                                                    a step of GPT-2 124M at block 1024, batch 12
     python bench.py --profile=True                                     and which operators cost most, with a trace to look at
     python bench.py --baseline=eager                                   in turns with the plain step: neither compiled nor by oneDNN
-    python bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --dataset=shakespeare_char
+    python bench.py config/train_shakespeare_char.py                   a step of a recipe's model, of one micro-batch
     python bench.py --mode=decode                                      tokens a second of GPT-2 124M, one text and ten at once
     python bench.py --mode=decode --baseline=transformers              and in turns with Hugging Face's generate()
     python bench.py --mode=decode --quantize=int8
@@ -19,13 +19,13 @@ from contextlib import nullcontext
 import torch
 
 from configurator import UserError, configure, require, user_errors
-from dataloader import Tokens, TrainBatches, read_meta
+from dataloader import Tokens, TrainBatches, dataset_name, read_meta
 from generation import Context, Sample, Sampling, generate, window_start
 from kernels import keep_memory, torch_products, use_onednn_products
 from model import GPT, GPTConfig
-from optim import make_optimizer
-from origin import to_hugging_face
-from packing import one_differs, pack
+from optim import OPTIMIZERS, make_optimizer, step_unless
+from origin import model_vocab_size, to_hugging_face
+from packing import pack
 from runtime import (
     Ranks,
     autocast,
@@ -39,49 +39,36 @@ from runtime import (
     synchronize,
     use_fast_float32,
 )
+from tokenizer import spec_from_meta, spec_vocab_size
 
-mode = 'train'  # 'train': a training step; 'decode': drawing text
-batch_size = 12  # windows in a step
-block_size = 1024  # tokens in a window
-n_layer = 12  # transformer layers
-n_head = 12  # attention heads in a layer
-n_embd = 768  # width
-vocab_size = 50304  # ids in the vocabulary
-dropout = 0.0  # share of activations dropped
+mode = 'train'  # 'train': a training step; 'decode': generating text
+batch_size = 12  # sequences in a step
 bias = False  # biases in linear and normalisation layers
-pos = 'learned'  # positions: 'learned', 'rope', 'alibi', 'none'
-norm = 'layernorm'  # 'layernorm', 'rmsnorm'
-mlp = 'gelu'  # activation: 'gelu', 'gelu_tanh', 'relu2', 'swiglu'
-qk_norm = False  # normalise queries and keys
-n_kv_head = 0  # heads of keys and values, a divisor of n_head; 0: n_head
-tie_weights = True  # embedding and head are one matrix
-logit_softcap = 0.0  # squash logits into plus or minus this; 0: leave them
-zero_init = False  # the layers' writes into the residual stream start at zero
 optimizer = 'adamw'  # 'adamw', 'muon'
 real_data = True  # read the data set's tokens, where it has been prepared; False: random ids
 dataset = 'openwebtext'  # folder below data/
-warmup_iters = 3  # steps before the clock starts
-max_iters = 20  # steps to time
+warmup_steps = 3  # steps before the clock starts
+steps = 20  # steps to time
 max_seconds = 60.0  # stop timing after so long, with at least one step
 profile = False  # profile a few steps more: print the costliest operators, write a trace
 trace_file = 'trace.json'  # the profile's trace, for ui.perfetto.dev or chrome://tracing
 seed = 1337  # of weights and data
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = True  # compile the training step; for drawing text the default is False
-num_samples = 10  # decode: texts in the larger batch
+compile = True  # compile the training step; for generating text the default is False
+num_samples = 10  # decode: samples in the larger batch
 prompt_tokens = 64  # decode: length of the prompt
-max_new_tokens = 100  # decode: tokens to draw for each text
+max_new_tokens = 100  # decode: tokens to generate for each sample
 rounds = 5  # decode: times that everything is measured, in turns
 quantize = ''  # decode: 'int8': 8-bit weights on a CPU
 baseline = ''  # also time, train: 'eager', the plain step; decode: 'transformers', Hugging Face's, or 'recompute', without a cache
-config = configure(globals())
+config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file',))
 
 require(config, lambda v: v in ('train', 'decode'), 'train or decode; whole runs to a loss are timed by speedrun.py', 'mode')
 require(config, lambda v: v in (('', 'eager') if mode == 'train' else ('', 'transformers', 'recompute')),
         'eager' if mode == 'train' else 'transformers or recompute', 'baseline')
-require(config, lambda v: v in ('adamw', 'muon'), 'adamw or muon', 'optimizer')
-require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'max_iters', 'rounds')
+require(config, lambda v: v in OPTIMIZERS, ' or '.join(OPTIMIZERS), 'optimizer')
+require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'steps', 'rounds')
 require(config, lambda v: 1 <= v < 2**31, 'from 1 to 2,147,483,647', 'vocab_size')
 require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'num_samples')
 require(config, lambda v: 1 <= v <= 10**7, 'from 1 to 10,000,000', 'prompt_tokens')
@@ -89,11 +76,24 @@ require(config, lambda v: 2 <= v <= 10**7, 'from 2 to 10,000,000', 'max_new_toke
 for key in ('profile',) if mode == 'decode' else ('quantize',):
     if config[key]:
         raise UserError(f'--{key}={config[key]}: has no meaning with --mode={mode}')
-if baseline == 'transformers' and prompt_tokens + max_new_tokens > block_size:
-    raise UserError(f'--baseline=transformers: has no room for {prompt_tokens} + {max_new_tokens} tokens in --block_size={block_size}')
-require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_iters', 'max_seconds', 'seed')
+if baseline == 'transformers' and prompt_tokens + max_new_tokens > config['block_size']:
+    raise UserError(f'--baseline=transformers: has no room for {prompt_tokens} + {max_new_tokens} tokens in '
+                    f'--block_size={config["block_size"]}')
+require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_steps', 'max_seconds', 'seed')
+if config.recipe['init_from'] not in ('scratch', 'resume', 'auto') and 'n_layer' not in config.given:
+    raise UserError(f'the recipe starts from {config.recipe["init_from"]} and does not tell its shape: give it, by --n_layer=, --n_head= '
+                    'and --n_embd=')
+data_dir = os.path.join('data', dataset_name(dataset))
+has_data = real_data and any(os.path.exists(os.path.join(data_dir, name)) for name in ('train.bin', 'train_000.bin'))
+meta = read_meta(data_dir) if has_data else {}
+if has_data and 'vocab_size' not in config.given:  # that of the model that train.py would make for it
+    with user_errors(ValueError, where=f'{data_dir}/meta: '):
+        spec = spec_from_meta(meta)
+        n_ids = spec_vocab_size(spec) if spec else meta['nanogpt']['vocab_size']
+        config['vocab_size'] = model_vocab_size(spec, n_ids, config.recipe['vocab_multiple'])
 with user_errors(ValueError):
-    model_config = GPTConfig(**{field.name: config[field.name] for field in dataclasses.fields(GPTConfig)})
+    model_config = GPTConfig(**{field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config})
+block_size, vocab_size = model_config.block_size, model_config.vocab_size
 
 
 def bench_training(device, dtype):
@@ -101,10 +101,10 @@ def bench_training(device, dtype):
     if profile:
         with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
             pass  # found out before the time is spent
-    steps = {'': make_step(device, dtype, compile)}
+    runs = {'': make_step(device, dtype, compile)}
     if baseline:
         with torch_products():
-            steps[baseline] = make_step(device, dtype, False)
+            runs[baseline] = make_step(device, dtype, False)
     next_batch = make_batches(device)
 
     def time_step(name):
@@ -112,21 +112,21 @@ def bench_training(device, dtype):
         with torch_products() if name else nullcontext():
             synchronize(device)
             start = time.perf_counter()
-            loss = steps[name](next_batch())
+            loss = runs[name](next_batch())
             synchronize(device)
             return loss, time.perf_counter() - start
 
-    for n in range(warmup_iters):
-        for name in steps:
-            print(f'warm-up {n + 1}/{warmup_iters}: {f"{name} " if name else ""}loss {time_step(name)[0]:.4f}', flush=True)
-    times = {name: [] for name in steps}
-    while len(times['']) < max_iters and (not times[''] or sum(map(sum, times.values())) < max_seconds):
-        for name in steps:
+    for n in range(warmup_steps):
+        for name in runs:
+            print(f'warm-up {n + 1}/{warmup_steps}: {f"{name} " if name else ""}loss {time_step(name)[0]:.4f}', flush=True)
+    times = {name: [] for name in runs}
+    while len(times['']) < steps and (not times[''] or sum(map(sum, times.values())) < max_seconds):
+        for name in runs:
             loss, seconds = time_step(name)
             times[name].append(seconds)
-            print(f'{len(times[name])}/{max_iters}: {f"{name} " if name else ""}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
+            print(f'{len(times[name])}/{steps}: {f"{name} " if name else ""}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
 
-    tokens, flops = batch_size * block_size, steps[''].flops
+    tokens, flops = batch_size * block_size, runs[''].flops
     device_peak = peak_flops(device, dtype)
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -134,7 +134,7 @@ def bench_training(device, dtype):
               f'{1000 * max(seconds):.2f} over {len(seconds)} steps')
         mfu = f'{100 * flops / median / device_peak:.1f}%' if device_peak else 'unknown'
         print(f'{tokens / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, mfu {mfu}, '
-              f'peak memory {peak_memory(device) / 2**20:,.0f} MiB{" of both" if baseline else ""}')
+              f'peak memory {in_mib(peak_memory(device))}{" of both" if baseline else ""}')
     if baseline:
         ratios = sorted(a / b for a, b in zip(times[''], times[baseline]))
         print(f'{statistics.median(ratios):.2f} of the time of {baseline} (the middle half of the turns: {ratios[len(ratios) // 4]:.2f} to '
@@ -149,14 +149,14 @@ def bench_training(device, dtype):
                                for library, peak in peaks.items())
             print(f'{name + ": " if name else ""}of the GFLOP/s of a product of 2048 x 2048 matrices: {shares}')
     if profile:
-        write_profile(device, lambda: steps[''](next_batch()))
+        write_profile(device, lambda: runs[''](next_batch()))
 
 
 def make_step(device, dtype, compiled):
     """A function that makes one update of a new model on a batch -> its loss, a float. Its attribute `flops` tells how many."""
     seed_all(seed)
     model = GPT(model_config).to(device).train()
-    updates = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95), optimizer, ranks=Ranks(), dtype=dtype)
+    updates = make_optimizer(model, {**config.recipe, **config}, dtype=dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def step(batch):
@@ -165,7 +165,7 @@ def make_step(device, dtype, compiled):
         scaler.scale(loss).backward()
         scaler.unscale_(updates)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(updates)
+        step_unless(torch.zeros((), dtype=torch.bool, device=device), updates)
         scaler.update()
         updates.zero_grad()
         return loss.item()
@@ -182,22 +182,29 @@ def make_step(device, dtype, compiled):
     return step
 
 
+def in_mib(n_bytes):
+    """Bytes in words, which may be None."""
+    return 'unknown' if n_bytes is None else f'{n_bytes / 2**20:,.0f} MiB'
+
+
 def product_flops(device, dtype):
-    """FLOP/s that the product of two large matrices reaches, the best of several."""
+    """FLOP/s that the product of two large matrices reaches, the best of as many as fit into half a second, and of two at least."""
     a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
 
     def seconds():
         start = time.perf_counter()
         a @ b
         return time.perf_counter() - start
-    return 2 * 2048**3 / min(seconds() for _ in range(8))
+    times = []
+    while len(times) < 2 or sum(times) < 0.5:
+        times.append(seconds())
+    return 2 * 2048**3 / min(times)
 
 
 def make_batches(device):
     """A function that returns the next batch, (B, T) inputs and (B, T) targets: of the data set, or the same random ids."""
-    data_dir = os.path.join('data', dataset)
-    if real_data and any(os.path.exists(os.path.join(data_dir, name)) for name in ('train.bin', 'train_000.bin')):
-        tokens = Tokens(data_dir, 'train', read_meta(data_dir), vocab_size)
+    if has_data:
+        tokens = Tokens(data_dir, 'train', meta, vocab_size)
         return TrainBatches(tokens, block_size, batch_size, 1, seed, 'random', Ranks(), device).next
     if real_data:
         print(f'{data_dir} is not prepared, timing on random ids')
@@ -233,12 +240,8 @@ def bench_decoding(device, dtype):
     width = 1 if quantize else dtype.itemsize  # bytes
     model.to(device)
     static = compile and 'compile' in config.given
-    models = {num_samples: model, 1: model}  # by the number of texts drawn at once
     if quantize or not (static and device.type == 'cpu'):  # as in sample.py
-        if num_samples > 1 and one_differs(device, dtype, quantize):
-            models[1] = copy.deepcopy(model)
-            pack(models[1], device, dtype, alone=True)
-        pack(model, device, dtype, quantize, alone=num_samples == 1)
+        pack(model, device, dtype, quantize)
     else:
         width = 4
     keep_memory(device)
@@ -256,7 +259,7 @@ def bench_decoding(device, dtype):
                 contexts[n] = Context(model, n, block_size, static=True)
             elif static:
                 contexts[n].forget()
-            tokens = generate(models[n], samples, max_new_tokens, Sampling(temperature=0), context=contexts.get(n), static=static)
+            tokens = generate(model, samples, max_new_tokens, Sampling(temperature=0), context=contexts.get(n), static=static)
             next(tokens)
             first = time.perf_counter() - start
             for _ in tokens:
@@ -303,8 +306,8 @@ def bench_decoding(device, dtype):
             line += f', {after:.1f} after the first, which comes after {1000 * first:.0f}ms ({prompt_tokens / first:,.0f} prompt tokens/s)'
         if not name:
             lengths = [n - window_start(n, block_size) for n in range(prompt_tokens + 1, prompt_tokens + max_new_tokens)]
-            width_kv = n_embd // n_head * model_config.kv_heads
-            cached = 2 * n_layer * width_kv * dtype.itemsize * sum(lengths) / len(lengths)  # bytes a text, on average
+            width_kv = model_config.n_embd // model_config.n_head * model_config.kv_heads
+            cached = 2 * model_config.n_layer * width_kv * dtype.itemsize * sum(lengths) / len(lengths)  # bytes a text, on average
             limit = size * bandwidth / (parameters * width + size * cached)
             line += f', {100 * after / limit:.0f}% of the {limit:.1f} that memory allows'
         print(line)
@@ -314,7 +317,7 @@ def bench_decoding(device, dtype):
             print(f'batch {size}: {theirs / ours:.2f} times as fast as {baseline}, '
                   f'{"the same tokens" if ids["", size] == ids[baseline, size] else "other tokens"}')
     print(f'memory reads {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})'
-          + (f', peak memory {memory / 2**20:,.0f} MiB{" of both layouts" if models[1] is not model else ""}' if memory else ''))
+          + (f', peak memory {in_mib(memory)}' if memory else ''))
 
 
 def make_rival(model, device, dtype):

@@ -13,11 +13,14 @@ import math
 import os
 import shutil
 import warnings
+from contextlib import suppress
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError, one_line, user_errors
+from files import lock_folder, written_whole
 from model import GPT, GPTConfig
 from tokenizer import check_spec
 
@@ -28,26 +31,23 @@ NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_si
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 def prepare_out_dir(out_dir):
-    """Make out_dir, and find out before training, not after, whether it can be written to. UserError if not."""
+    """Make out_dir, and hold it for this run until the process ends. UserError if it cannot be written to, or another run holds it: found
+    out before training, not after."""
     with user_errors(OSError, where=f'cannot write to --out_dir={out_dir}: '):
         os.makedirs(out_dir, exist_ok=True)
-        probe = os.path.join(out_dir, 'ckpt.tmp')
-        with open(probe, 'wb'):
-            pass
-        os.remove(probe)
+        if not lock_folder(out_dir):
+            raise UserError(f'--out_dir={out_dir}: another run is writing there; wait for it, stop it, or choose another folder')
+
+
+def has_run(out_dir):
+    """Is there a run in out_dir that can be resumed?"""
+    return os.path.exists(os.path.join(out_dir, LATEST))
 
 
 def write_atomically(path, content):
     """torch.save(content) to path so that, whenever the power fails, path is either the old file or the new one."""
-    with open(path + '.tmp', 'wb') as file:
+    with written_whole(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
-    if os.name == 'posix':  # a rename is durable, and in order, once its folder is flushed
-        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def save_checkpoint(out_dir, state, optimizer_state, is_best):
@@ -64,7 +64,8 @@ def save_checkpoint(out_dir, state, optimizer_state, is_best):
         write_atomically(os.path.join(out_dir, LATEST), {**state, 'optimizer_file': name})
         for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_optimizer_*')):
             if os.path.basename(path) != name:
-                os.remove(path)
+                with suppress(OSError):  # Windows does not remove what somebody reads; the next save tries again
+                    os.remove(path)
 
 
 def set_aside(out_dir):
@@ -116,12 +117,18 @@ def model_entry(model):
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
+# What a pickled numpy number, such as a best loss of numpy's, is made of: names that make numbers and nothing else
+SCALAR = np.float64().__reduce__()[0]
+NUMPY_NUMBERS = [(SCALAR, 'numpy.core.multiarray.scalar'), (SCALAR, 'numpy._core.multiarray.scalar'), np.dtype,
+                 *(type(np.dtype(kind)) for kind in '?bhilqBHILQefdg')]
+
+
 def load_data(path):
     """torch.load of tensors and plain data into CPU memory. UserError if the file is missing, broken, or holds code."""
     if not os.path.exists(path):
         raise UserError(f'there is no {path}: train first, or check --out_dir')
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
             warnings.simplefilter('ignore')  # of foreign pickles; what cannot be read ends in an error all the same
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip, pickle, key, index, memory: a broken file raises almost anything
@@ -129,10 +136,24 @@ def load_data(path):
         raise UserError(f'{path} cannot be read as a checkpoint: {reason}; use another copy of it') from error
 
 
+def plain(value):
+    """A value of a checkpoint as plain data: numbers of numpy's or torch's become Python's, dicts and lists keep their shape, and of what
+    is anything else remains how it is written."""
+    if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else [plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, type(None))) else one_line(repr(value), 100)
+
+
 def load_checkpoint(path):
     """A checkpoint of SAMgpt's or nanoGPT's -> dict, its weights under plain names. UserError if it is anything else."""
     checkpoint = load_data(path)
     wanted = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
+    if isinstance(checkpoint, dict):
+        checkpoint.update({key: plain(value) for key, value in checkpoint.items() if key not in ('model', 'optimizer', 'tokenizer')})
     for key, kind in wanted.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
@@ -140,18 +161,18 @@ def load_checkpoint(path):
         checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
         if math.isnan(checkpoint['best_val_loss']):
             raise ValueError('its best_val_loss is not a number')
-        values = (*checkpoint['config'].values(), *checkpoint['model_args'].values())
-        if not all(isinstance(value, (int, float, str, type(None))) for value in values):
-            raise ValueError('its config or model_args hold more than numbers and texts')
         checkpoint['seconds'] = float(checkpoint.get('seconds', 0.0))  # of training so far
         if not 0 <= checkpoint['seconds'] < math.inf:
             raise ValueError('its seconds are no time')
         checkpoint.setdefault('best_iter', checkpoint['iter_num'])
-        checkpoint.setdefault('evaluated_at', -1)  # the update at which it was last evaluated; -1: not known
+        checkpoint.setdefault('evaluated_at', -1)  # the step at which it was last evaluated; -1: not known
+        checkpoint.setdefault('windows_taken', None)  # see dataloader.TrainBatches; None: not known
         if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:
             raise ValueError('its iter_num or best_iter counts no updates')
         if type(checkpoint['evaluated_at']) is not int:
             raise ValueError('its evaluated_at counts no updates')
+        if checkpoint['windows_taken'] is not None and not (type(checkpoint['windows_taken']) is int and 0 <= checkpoint['windows_taken']):
+            raise ValueError('its windows_taken counts no windows')
         if not all(isinstance(name, str) for name in checkpoint['model']):
             raise ValueError('its weights have no names')
         if checkpoint.get('tokenizer') is not None:
@@ -181,6 +202,12 @@ def restore_model(checkpoint, path, dropout=None):
             raise ValueError('some of them are not tensors of numbers')
         if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
             raise ValueError('some of them claim to be larger than they are')
+        embedding, head = 'transformer.wte.weight', 'lm_head.weight'
+        if args.get('tie_weights', True):  # a file may hold the one matrix once or twice
+            if (head in weights) != (embedding in weights):
+                weights = {**weights, head: weights.get(head, weights.get(embedding)), embedding: weights.get(embedding, weights.get(head))}
+            elif head in weights and not torch.equal(weights[head].nan_to_num(), weights[embedding].nan_to_num()):
+                raise ValueError('the head differs from the embedding, so they are not the one matrix that tie_weights=True makes them')
         model = skeleton(GPTConfig(**args))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     model.tie_weights()

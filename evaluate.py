@@ -9,14 +9,14 @@ import os
 
 import torch
 
-from configurator import UserError, configure, require, user_errors
-from dataloader import Tokens, eval_batches, read_meta
+from configurator import UserError, configure, require, user_errors, warn
+from dataloader import Tokens, dataset_name, eval_batches, read_meta
 from origin import open_model
 from packing import pack
 from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
 from tokenizer import load_tokenizer, same_ids, spec_from_meta, spec_vocab_size
 
-init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
+init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or the folder of a run or of a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
 dataset = ''  # folder below data/; '': the one that the model was trained on
@@ -27,7 +27,7 @@ eval_iters = 0  # batches, of windows spread evenly over the split; 0: all whole
 quantize = ''  # 'int8': 8-bit weights on a CPU
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-config = configure(globals())
+config = configure(globals(), paths=('out_dir', 'init_from'))
 
 require(config, lambda v: v in ('train', 'val'), 'train or val', 'split')
 require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'batch_size')
@@ -41,13 +41,14 @@ model, tokenizer, trained_with = open_model(init_from, out_dir, ckpt)
 dataset = dataset or trained_with.get('dataset')
 if not dataset or not isinstance(dataset, str):
     raise UserError('--dataset= is needed: the folder below data/ to evaluate on')
-data_dir = os.path.join('data', dataset)
+data_dir = os.path.join('data', dataset_name(dataset))
 meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     spec = spec_from_meta(meta)
-if tokenizer and spec and not same_ids(spec, tokenizer):
-    raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
-tokens = Tokens(data_dir, split, meta, min(model.config.vocab_size, spec_vocab_size(spec) if spec else model.config.vocab_size))
+    if tokenizer and spec and not same_ids(spec, tokenizer):
+        raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
+    n_ids = min(model.config.vocab_size, spec_vocab_size(spec) if spec else model.config.vocab_size)
+tokens = Tokens(data_dir, split, meta, n_ids)
 if block_size > model.config.block_size:
     raise UserError(f'--block_size={block_size}: the model has {model.config.block_size} positions')
 tokens.require_window(1)
@@ -61,7 +62,7 @@ try:
     token_bytes = load_tokenizer(spec).token_bytes() if spec else None
 except UserError as error:  # without the vocabulary there is still a loss
     token_bytes = None
-    print(f'no bits per byte: {error}')
+    warn(f'no bits per byte: {error}')
 total, count, n_bytes = 0.0, 0, 0
 with torch.inference_mode(), autocast(device, dtype):
     for x, y in eval_batches(tokens, block_size, batch_size, eval_iters or len(tokens), Ranks(), device):

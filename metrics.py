@@ -7,7 +7,8 @@ import json
 import math
 import os
 
-from configurator import UserError, one_line, user_errors
+from configurator import UserError, one_line, say, user_errors
+from files import written_whole
 
 FILE = 'metrics.jsonl'
 
@@ -23,10 +24,9 @@ class RunLog:
             if resumed_at is not None and os.path.exists(path):
                 records = [record for record in read_metrics(path)
                            if (record['iter'] <= evaluated_at if 'val/loss' in record else record['iter'] < resumed_at)]
-                with open(path + '.tmp', 'w', encoding='utf-8') as file:
+                with written_whole(path, 'w') as file:
                     file.writelines(to_json(record) + '\n' for record in records)
-                os.replace(path + '.tmp', path)
-            self.file = open(path, 'a', encoding='utf-8', buffering=1)  # every line reaches the file at once
+            self.file = open(path, 'a', encoding='utf-8', newline='', buffering=1)  # every line reaches the file at once
         self.wandb = wandb_run
         self.wandb_id = wandb_run.id if wandb_run else None
 
@@ -34,14 +34,14 @@ class RunLog:
         """Report one update."""
         self.write(record)
         mfu = 'unknown' if record['mfu'] is None else f'{100 * record["mfu"]:.1f}%'
-        print(f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {record["time_ms"]:.2f}ms, mfu {mfu}, lr {record["lr"]:.2e}, '
-              f'norm {record["grad_norm"]:.2f}, clipped {100 * record["clipped"]:.0f}%, update/weight {record["update_ratio"]:.1e}, '
-              f'{record["tokens_per_s"]:,.0f} tok/s, {duration(record["left_s"])} left', flush=True)
+        say(f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {record["time_ms"]:.2f}ms, mfu {mfu}, lr {record["lr"]:.2e}, '
+            f'norm {record["grad_norm"]:.2f}, clipped {100 * record["clipped"]:.0f}%, update/weight {record["update_ratio"]:.1e}, '
+            f'{record["tokens_per_s"]:,.0f} tok/s, {duration(record["left_s"])} left')
 
     def evaluation(self, record):
         """Report one evaluation."""
         self.write(record)
-        print(f'step {record["iter"]}: train loss {record["train/loss"]:.4f}, val loss {record["val/loss"]:.4f}', flush=True)
+        say(f'step {record["iter"]}: train loss {record["train/loss"]:.4f}, val loss {record["val/loss"]:.4f}')
 
     def write(self, record):
         self.file.write(to_json(record) + '\n')

@@ -15,9 +15,9 @@ from checkpoint import (
     restore_model,
     skeleton,
 )
-from configurator import UserError, one_line, user_errors
+from configurator import UserError, one_line, user_errors, warn
 from model import GPT, GPTConfig
-from tokenizer import GPT2_SPEC, GPT2_VOCAB_SIZE, same_ids
+from tokenizer import GPT2_SPEC, read_tokenizer, same_ids, text_vocab_size
 
 # what weights fix, and a setting may ask for
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
@@ -34,29 +34,31 @@ def initial_model(config, data_dir, tokenizer, vocab_size):
     """
     init_from, dropout, checkpoint = config['init_from'], config['dropout'], None
     if init_from == 'scratch':
-        multiple = config['vocab_multiple']
-        rounded = -(-(GPTConfig.vocab_size if tokenizer == GPT2_SPEC else vocab_size) // multiple) * multiple
+        rounded = model_vocab_size(tokenizer, vocab_size, config['vocab_multiple'])
         with user_errors(ValueError):
-            return GPT(GPTConfig(vocab_size=rounded, dropout=dropout, **{key: config[key] for key in SHAPE})), None
+            return GPT(GPTConfig(vocab_size=rounded, dropout=dropout, **{key: config[key] for key in SHAPE if key in config})), None
     if init_from == 'resume':
         path = os.path.join(config['out_dir'], LATEST)
         checkpoint = load_checkpoint(path)
-        if checkpoint.get('tokenizer') not in (None, tokenizer):
-            raise UserError(f'{path} was trained with another tokenizer than that of {data_dir}: choose the --dataset it was trained on')
-        model = restore_model(checkpoint, path, dropout)
+        model, its_tokenizer = restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer')
         origin, fixed, hint = f'the run in {path}', SHAPE, 'leave it out to resume, or start another run with another --out_dir'
         if not os.path.exists(os.path.join(config['out_dir'], BEST)):  # as after nanoGPT: the best is what the next evaluation finds
             checkpoint['best_val_loss'], checkpoint['best_iter'] = math.inf, checkpoint['iter_num']
     else:
-        model, its_tokenizer = load_pretrained(init_from, dropout)
-        if its_tokenizer and tokenizer and not same_ids(tokenizer, its_tokenizer):
-            raise UserError(f'{data_dir} has other tokens than {init_from}: choose a --dataset in its encoding')
-        origin, fixed, hint = init_from, [key for key in SHAPE if key not in NANOGPT_FIELDS], 'leave it out'
+        model, its_tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout)
+        origin, fixed, hint = init_from, [key for key in SHAPE if key != 'block_size'], 'leave it out'
+        if tokenizer and not its_tokenizer:
+            warn(f'{init_from} has no tokenizer beside it: nothing shows that its ids mean what those of {data_dir} do')
+    if its_tokenizer and tokenizer and not same_ids(tokenizer, its_tokenizer):
+        raise UserError(f'{origin} was trained with another tokenizer than that of {data_dir}: choose a --dataset in its encoding')
     for key in fixed:
         if key in config.given and config[key] != getattr(model.config, key):
-            raise UserError(f'--{key}={config[key]}: {origin} has {key}={getattr(model.config, key)}; {hint}')
-    if vocab_size > model.config.vocab_size:
-        raise UserError(f'{data_dir} has a vocabulary of {vocab_size}, the model of {model.config.vocab_size}: choose another --dataset')
+            message = f'--{key}={config[key]}: {origin} has {key}={getattr(model.config, key)}'
+            if checkpoint or key not in NANOGPT_FIELDS:
+                raise UserError(f'{message}; {hint}')
+            warn(f'{message}, which it keeps')  # as in nanoGPT, whose recipes for fine-tuning may name a shape
+    if (needed := text_vocab_size(tokenizer) if tokenizer else vocab_size) > model.config.vocab_size:
+        raise UserError(f'{data_dir} has a vocabulary of {needed}, the model of {model.config.vocab_size}: choose another --dataset')
     asked, longest = config['block_size'], model.config.block_size
     if not checkpoint and asked < longest:
         model.crop_block_size(asked)
@@ -65,14 +67,24 @@ def initial_model(config, data_dir, tokenizer, vocab_size):
     return model, checkpoint
 
 
-def open_model(init_from, out_dir, name):
-    """A model to use, as sample.py and evaluate.py name it: init_from 'resume' for the checkpoint `name` in out_dir, else what
-    load_pretrained takes -> (GPT, tokenizer spec or None, the settings it was trained with, {} if pretrained)."""
-    if init_from != 'resume':
-        return *load_pretrained(init_from), {}
-    path = os.path.join(out_dir, name)
+def model_vocab_size(tokenizer, vocab_size, multiple):
+    """The vocabulary of a new model for data of a tokenizer (its spec or None) with vocab_size ids, rounded up to a multiple."""
+    return -(-(GPTConfig.vocab_size if tokenizer == GPT2_SPEC else vocab_size) // multiple) * multiple
+
+
+def open_model(init_from, out_dir, name, dropout=0.0):
+    """A model to start from or to use, as --init_from says -> (GPT, tokenizer spec or None, the settings it was trained with or {}).
+
+    init_from: 'resume' for the checkpoint `name` in out_dir; a checkpoint's file, or a folder with a run's ckpt.pt; else what
+    load_pretrained takes. UserError if it cannot be had.
+    """
+    path = os.path.join(out_dir, name) if init_from == 'resume' else init_from
+    if init_from != 'resume' and os.path.exists(os.path.join(init_from, LATEST)):
+        path = os.path.join(init_from, LATEST)
+    if init_from != 'resume' and not os.path.isfile(path):
+        return *load_pretrained(init_from, dropout), {}
     checkpoint = load_checkpoint(path)
-    return restore_model(checkpoint, path), checkpoint.get('tokenizer'), checkpoint['config']
+    return restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer'), checkpoint['config']
 
 
 # --- GPT-2 in Hugging Face's format ------------------------------------------------------------------------------------
@@ -89,8 +101,8 @@ def load_pretrained(name, dropout=0.0):
     with config.json and weights. UserError if it cannot be had, or is not a GPT-2 that this model computes exactly.
     """
     if name not in PRETRAINED and not os.path.isdir(name):
-        raise UserError(f'--init_from={name}: must be resume, {", ".join(PRETRAINED)}, or a directory with a Hugging Face GPT-2 '
-                        '(train.py also knows scratch)')
+        raise UserError(f'--init_from={name}: must be resume, {", ".join(PRETRAINED)}, the folder of a run, or a directory with a Hugging '
+                        'Face GPT-2 (train.py also knows scratch and auto)')
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
         from transformers.utils import logging
@@ -125,7 +137,7 @@ def load_pretrained(name, dropout=0.0):
     model = skeleton(config)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    return model, pretrained_tokenizer(name, config.vocab_size)
+    return model, pretrained_tokenizer(name)
 
 
 def to_hugging_face(model):
@@ -152,15 +164,7 @@ def to_hugging_face(model):
     return hf_model
 
 
-def pretrained_tokenizer(name, vocab_size):
-    """The tokenizer spec for a pretrained model: its own tokenizer.json, else GPT-2's if the vocabulary has that size."""
-    path = os.path.join(name, 'tokenizer.json')
-    if os.path.exists(path):
-        with user_errors(OSError, ValueError, where=f'cannot read {path}: '), open(path, encoding='utf-8') as file:
-            return {'kind': 'tokenizers', 'json': file.read()}
-    vocabulary, merges = os.path.join(name, 'vocab.json'), os.path.join(name, 'merges.txt')
-    if os.path.exists(vocabulary) and os.path.exists(merges):  # how older models store the same
-        from tokenizers import ByteLevelBPETokenizer
-        with user_errors(Exception, where=f'cannot read {vocabulary} and {merges}: '):  # the library raises plain Exception
-            return {'kind': 'tokenizers', 'json': ByteLevelBPETokenizer(vocabulary, merges).to_str()}
-    return GPT2_SPEC if vocab_size >= GPT2_VOCAB_SIZE else None
+def pretrained_tokenizer(name):
+    """The tokenizer spec for a pretrained model: that of its folder, see tokenizer.read_tokenizer; GPT-2's for OpenAI's models on the hub.
+    None for a folder without one: a vocabulary of GPT-2's size need not be GPT-2's."""
+    return read_tokenizer(name) if os.path.isdir(name) else GPT2_SPEC

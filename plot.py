@@ -11,7 +11,7 @@ runs = 'out'  # the runs' folders, with commas between
 output = ''  # the PNG to write; loss.png in the first run's folder unless given
 title = ''  # above the plot
 x = 'iter'  # along the horizontal axis: 'iter' for updates, 'seconds' for training time
-config = configure(globals())
+config = configure(globals(), paths=('output',))
 
 require(config, lambda v: v in ('iter', 'seconds'), "'iter' or 'seconds'", 'x')
 try:
@@ -36,7 +36,7 @@ def seconds_at(iteration, updates, seconds):
     return max((s for record, s in zip(updates, seconds) if record['iter'] < iteration), default=0.0)
 
 
-folders = [folder.strip() for folder in runs.split(',') if folder.strip()]
+folders = [os.path.expanduser(folder.strip()) for folder in runs.split(',') if folder.strip()]
 if not folders:
     raise UserError('--runs=: name at least one run\'s folder')
 output = output or os.path.join(folders[0], 'loss.png')
@@ -52,23 +52,24 @@ for n, folder in enumerate(folders):
     evaluations = [r for r in records if None not in (r.get('train/loss'), r.get('val/loss'))]
     if not updates and not evaluations:
         raise UserError(f'{os.path.join(folder, FILE)} holds no losses yet: train on')
-    label, color = f'{os.path.basename(os.path.normpath(folder))}, ' if len(folders) > 1 else '', f'C{n}'
+    label, color = f', {os.path.basename(os.path.normpath(folder))}' if len(folders) > 1 else '', f'C{n}'
     if x == 'seconds':
         seconds = training_seconds(updates)
         update_x, evaluation_x = seconds, [seconds_at(r['iter'], updates, seconds) for r in evaluations]
     else:
         update_x, evaluation_x = [r['iter'] for r in updates], [r['iter'] for r in evaluations]
-    axes.plot(update_x, [r['loss'] for r in updates], color=color, alpha=0.3, linewidth=0.8, label=f'{label}batch of each logged update')
+    axes.plot(update_x, [r['loss'] for r in updates], color=color, alpha=0.3, linewidth=0.8, label=f'batch of each logged update{label}')
     if evaluations:
         best = min(r['val/loss'] for r in evaluations)
-        axes.plot(evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'{label}train')
+        axes.plot(evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'train{label}')
         axes.plot(evaluation_x, [r['val/loss'] for r in evaluations], color=color, marker='o', markersize=3,
-                  label=f'{label}val (lowest {best:.4f})')
+                  label=f'val (lowest {best:.4f}){label}')
 axes.set_xlabel('updates' if x == 'iter' else 'training time (s)')
 axes.set_ylabel('loss (nats a token)')
 axes.set_title(title, parse_math=False)
 axes.grid(alpha=0.3)
-axes.legend()
+for text in axes.legend().get_texts():
+    text.set_parse_math(False)  # a folder may have $ in its name; at the end of the label, as those that begin with _ are left out
 figure.tight_layout()
 with user_errors(OSError, ValueError, where=f'cannot write {output}: '):
     figure.savefig(output)

@@ -3,8 +3,10 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
+import uuid
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, leave, leave_at_once, one_line, user_errors
+from configurator import UserError, leave, leave_at_once, one_line, user_errors, warn
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -107,10 +109,13 @@ def use_fast_float32(device):
 
 
 def peak_memory(device):
-    """Most memory this process has held, bytes: allocated on a CUDA device, resident on the host otherwise."""
+    """Most memory this process has held, bytes: allocated on a CUDA device, resident on the host otherwise; None if nobody knows."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -175,23 +180,49 @@ def join_ranks(backend, device, ranks):
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
     if backend == 'nccl' and device.type != 'cuda':
         raise UserError(f'--backend=nccl: works between CUDA devices only, not on {device.type}; use auto or gloo')
+    hook = sys.excepthook
     with user_errors(ValueError, dist.DistError, where='cannot connect the ranks: '):
+        options = {'store': agree_on_attempt(ranks), 'rank': ranks.rank, 'world_size': ranks.world_size}
         if backend == 'nccl':  # and gloo beside it, for what the hosts tell one another
-            dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device)
+            dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device, **options)
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, **options)
+    sys.excepthook = hook  # torch puts one of its own before it, which keeps to itself what a hook that ends the process has printed
+    leave_at_once()  # in the interpreter's own clean-up one of gloo's threads now and then aborts a rank that is done
+
+
+def agree_on_attempt(ranks):
+    """A store, through which the ranks find one another, that has nothing in it from before torchrun restarted them.
+
+    torchrun keeps one store for all its restarts, with the addresses of ranks that have died in it, and a rank that takes one for its
+    neighbour's fails (pytorch issue 135712). So rank 0 makes up a name for this attempt, and tells it whoever asks until all have
+    answered; what was asked in an earlier attempt stays without an answer.
+    """
+    store, _, _ = next(dist.rendezvous('env://', ranks.rank, ranks.world_size))
+    name = uuid.uuid4().hex
+    if ranks.rank > 0:
+        store.set(f'asked by {ranks.rank}', name)
+        attempt = store.get(f'answer to {name}').decode()  # waits for it
+        store.set(f'{attempt} has {ranks.rank}', '')
+        return dist.PrefixStore(attempt, store)
+    missing, deadline = set(range(1, ranks.world_size)), time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for rank in missing:
+            if store.check([f'asked by {rank}']):
+                store.set(f'answer to {store.get(f"asked by {rank}").decode()}', name)
+        missing = {rank for rank in missing if not store.check([f'{name} has {rank}'])}
+        if time.monotonic() > deadline:
+            raise dist.DistError(f'rank {min(missing)} has not come')
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def end(ranks, status=0):
-    """Leave the program with this exit status; several ranks wait for one another first. All that matters must have been written.
-
-    They leave without the interpreter's own clean-up, in which one of gloo's threads now and then aborted a rank that was done.
-    """
+    """Leave the program with this exit status; several ranks wait for one another first. All that matters must have been written."""
     if ranks.world_size == 1:
         sys.exit(status)
     dist.barrier()
     dist.destroy_process_group()
-    leave_at_once()
     leave(status)
 
 
@@ -215,8 +246,7 @@ def compile_or_stay_eager(model, trial, **options):
     Python). trial() must call the model as it is going to be used. Compiled in place, the model keeps its parameters' names.
     """
     if torch.__version__.startswith('2.6.') and model.training and next(model.parameters()).device.type == 'cpu':
-        print('warning: torch 2.6 compiles a wrong gradient of the embedding on CPUs, going on without; a newer torch does it right',
-              file=sys.stderr, flush=True)
+        warn('torch 2.6 compiles a wrong gradient of the embedding on CPUs, going on without; a newer torch does it right')
         return False
     try:
         model.compile(**options)
@@ -225,8 +255,7 @@ def compile_or_stay_eager(model, trial, **options):
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # of any kind: it comes from compilers, linkers, drivers
-        print(f'warning: torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})',
-              file=sys.stderr, flush=True)
+        warn(f'torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})')
         model._compiled_call_impl = None  # where Module.compile() keeps its work; there is no public way to take it back
         model.zero_grad(set_to_none=True)
         return False
@@ -240,22 +269,31 @@ def decoding_options(device):
 # --- signals and time -------------------------------------------------------------------------------------------------
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag, so that a run can finish its step and save. A second Ctrl-C ends at once."""
+    """Turns signals that ask a process to end into a flag, so that a run can finish its step and save. A second one ends at once.
+
+    SIGINT is Ctrl-C, SIGTERM what kill and schedulers send, SIGHUP comes when the terminal is closed, SIGUSR1 from schedulers that
+    announce the end. A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
+    SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]  # not all on Windows
 
     def __init__(self):
         self.received = None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
+        for signum in self.SIGNALS:
+            if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self.handle)
 
     def resume_command(self, ranks):
-        """The command that continues this run: the one that started it, with --init_from=resume."""
-        arguments = [sys.argv[0], *(argument for argument in sys.argv[1:] if not argument.startswith('--init_from=')), '--init_from=resume']
+        """The command that continues this run: the one that started it, with --init_from=resume unless it says auto already."""
+        goes_on = '--init_from=auto' in sys.argv
+        arguments = [sys.argv[0], *(argument for argument in sys.argv[1:] if goes_on or not argument.startswith('--init_from='))]
+        arguments += [] if goes_on else ['--init_from=resume']
+        join = subprocess.list2cmdline if sys.platform == 'win32' else shlex.join
         if ranks.world_size == 1:
             python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
-            return shlex.join([python, *arguments])
+            return join([python, *arguments])
         local = int(os.environ.get('LOCAL_WORLD_SIZE', ranks.world_size))
         nodes = '--standalone' if local == ranks.world_size else f'--nnodes={ranks.world_size // local} ...'
-        return f'torchrun {nodes} --nproc_per_node={local} {shlex.join(arguments)}'
+        return f'torchrun {nodes} --nproc_per_node={local} {join(arguments)}'
 
     def handle(self, signum, frame):
         self.received = signal.Signals(signum)

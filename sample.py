@@ -11,16 +11,16 @@ import signal
 import sys
 from contextlib import suppress
 
-from configurator import UserError, configure, one_line, require, user_errors
-from dataloader import read_meta
+from configurator import UserError, configure, one_line, require, user_errors, warn
+from dataloader import dataset_name, read_meta
 from generation import Context, Sample, Sampling, generate
 from kernels import keep_memory
 from origin import open_model
 from packing import pack
 from runtime import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
-from tokenizer import load_tokenizer, spec_from_meta
+from tokenizer import check_known, load_tokenizer, spec_from_meta, text_vocab_size
 
-init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or a folder with a Hugging Face GPT-2
+init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or the folder of a run or of a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
 start = '\n'  # the prompt; or FILE:path of a UTF-8 file that holds it, FILES:path,path of several, LINES:path of one a line
@@ -42,7 +42,7 @@ quantize = ''  # 'int8': 8-bit weights on an x86 CPU, 1.5 to 2.5 times as fast, 
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
 compile = False  # compile the drawing of a token: for long texts on a GPU, after half a minute of compiling
-config = configure(globals())
+config = configure(globals(), paths=('out_dir', 'init_from'))
 
 require(config, lambda v: v >= 1, 'at least 1', 'num_samples')
 require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'batch_size')
@@ -63,23 +63,28 @@ use_fast_float32(device)
 # --- model and tokenizer ----------------------------------------------------------------------------------------------
 model, spec, trained_with = open_model(init_from, out_dir, ckpt)
 if spec is None and init_from == 'resume':  # nanoGPT's name the data set, whose meta.pkl has the characters; without it, GPT-2's BPE
-    data_dir = os.path.join('data', str(trained_with.get('dataset')))
+    data_dir = os.path.join('data', dataset_name(str(trained_with.get('dataset'))))
+    meta = read_meta(data_dir) if os.path.isdir(data_dir) else {}
+    if not meta:
+        warn(f'the checkpoint holds no tokenizer, and {data_dir} has no meta.pkl: its ids are taken for GPT-2\'s, as nanoGPT does')
     with user_errors(ValueError, where=f'{data_dir}/meta: '):
-        spec = spec_from_meta(read_meta(data_dir) if os.path.isdir(data_dir) else {})
+        spec = spec_from_meta(meta)
 if spec is None:
-    raise UserError('the model comes with no tokenizer, and its vocabulary is not GPT-2\'s: there is no telling what its ids mean')
+    raise UserError('the model comes with no tokenizer, so there is no telling what its ids mean: put its tokenizer.json, or vocab.json '
+                    'and merges.txt, beside it')
 with user_errors(ValueError, where='the tokenizer of the model: '):
     tokenizer = load_tokenizer(spec)
-if tokenizer.vocab_size > model.config.vocab_size:
-    raise UserError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together')
-sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=tokenizer.vocab_size)
+if text_vocab_size(spec) > model.config.vocab_size:
+    raise UserError(f'the tokenizer has {text_vocab_size(spec)} ids, the model {model.config.vocab_size}: they do not belong together')
+n_ids = min(tokenizer.vocab_size, model.config.vocab_size)  # either may know more: rounded up; tokens added to a pretrained model's
+sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=n_ids)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 def read_text(path):
-    """The content of a UTF-8 file."""
+    """The content of a UTF-8 file, without its byte order mark."""
     where = f'cannot read the prompt {path or "(no path)"}: '
-    with user_errors(OSError, UnicodeDecodeError, where=where), open(path, encoding='utf-8') as file:
+    with user_errors(OSError, UnicodeDecodeError, where=where), open(os.path.expanduser(path), encoding='utf-8-sig') as file:
         return file.read()
 
 
@@ -89,6 +94,7 @@ def encode(text, where):
         ids = tokenizer.encode(text, special=True)
         if not len(ids):
             raise ValueError('a prompt must have at least one token; a line end will do')
+        check_known(ids.tolist(), n_ids, tokenizer)
         return ids.tolist()
 
 
@@ -118,7 +124,7 @@ if interactive and len(prompts) > 1:
 batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
 model.eval().to(device)
 if quantize or not (compile and device.type == 'cpu'):  # the compiler does not take packed layers, and is slower on a CPU
-    pack(model, device, dtype, quantize, alone=batch_size == 1)
+    pack(model, device, dtype, quantize)
 keep_memory(device)
 context = None  # what is compiled for is one batch of one size, kept from the first text to the last
 if compile:
@@ -173,13 +179,14 @@ def write(samples):
 def write_json(samples, prompts):
     """Draw the samples in one batch and print a JSON object for each."""
     from json import dumps
+    ascii_only = 'utf' not in (sys.stdout.encoding or '').lower()  # in a code page, what it lacks is written as \\uXXXX
     for _ in draw(samples, log_probs=True):
         if all(sample.finish_reason for sample in samples):
             break
     for sample, prompt in zip(samples, prompts):
         sample.finish('length')
         print(dumps({'prompt': prompt, 'text': sample.text, 'token_ids': sample.ids, 'log_probs': sample.log_probs,
-                     'finish_reason': sample.finish_reason}, ensure_ascii=False), flush=True)
+                     'finish_reason': sample.finish_reason}, ensure_ascii=ascii_only), flush=True)
 
 
 def converse():

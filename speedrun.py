@@ -25,7 +25,7 @@ seeds = 3  # runs of each
 first_seed = 1337  # the others follow
 out_dir = 'out-speedrun'  # folder of the runs' folders
 output = ''  # PNG of loss against time; speedrun.png in out_dir unless given
-config = configure(globals())
+config = configure(globals(), paths=('out_dir', 'output'))
 
 require(config, lambda v: v >= 1, 'at least 1', 'seeds')
 require(config, lambda v: v >= 0, '0 or more', 'first_seed', 'target')
@@ -99,7 +99,8 @@ axes.axhline(target, color='gray', linestyle='--', linewidth=0.8, label=f'{targe
 axes.set_xlabel('training time (s)')
 axes.set_ylabel('validation loss (nats a token)')
 axes.grid(alpha=0.3)
-axes.legend(fontsize='small')
+for text in axes.legend(fontsize='small').get_texts():
+    text.set_parse_math(False)
 figure.tight_layout()
 with user_errors(OSError, ValueError, where=f'cannot write {output}: '):
     figure.savefig(output)

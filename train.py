@@ -3,7 +3,7 @@
 On one device:      python train.py config/train_shakespeare_char.py --batch_size=32
 On one node:        torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 On two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py …   (on each)
-After any stop:     the same command and --init_from=resume
+After any stop:     the same command and --init_from=resume; with --init_from=auto from the start, the same command
 """
 import math
 import os
@@ -13,12 +13,14 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_optimizer_buffers, model_entry, prepare_out_dir, save_checkpoint, set_aside
+import configurator
+from checkpoint import has_run, load_optimizer_buffers, model_entry, prepare_out_dir, save_checkpoint, set_aside
 from configurator import UserError, configure, require, user_errors
-from dataloader import Tokens, TrainBatches, eval_batches, read_meta
+from dataloader import Tokens, TrainBatches, dataset_name, eval_batches, read_meta, text_checksum
 from kernels import keep_memory, use_onednn_products
 from metrics import NoLog, RunLog, start_wandb
-from optim import learning_rate_at, make_optimizer, update_ratio
+from model import GPTConfig
+from optim import OPTIMIZERS, learning_rate_at, load_optimizer_state, make_optimizer, step_unless, update_ratio
 from origin import SHAPE, initial_model
 from runtime import (
     StopSignal,
@@ -45,7 +47,7 @@ log_interval = 1  # updates between lines of the log
 eval_iters = 200  # batches in an evaluation, of train and of val; 0: as many as cover val, and as many of train
 eval_only = False  # evaluate once and stop, changing nothing
 always_save_checkpoint = True  # save after every evaluation; False: only when the validation loss has improved, and at the end
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with a Hugging Face GPT-2
+init_from = 'scratch'  # 'scratch', 'resume', 'auto': resume if there is a run in out_dir; weights of 'gpt2', …, 'gpt2-xl' or a folder
 wandb_log = False  # also report to Weights & Biases
 wandb_project = 'owt'  # wandb project
 wandb_run_name = 'gpt2'  # wandb run
@@ -58,20 +60,12 @@ batch_size = 12  # windows in a micro-batch
 block_size = 1024  # tokens in a window, the model's context
 batch_ramp_from = 0  # micro-batches in the first update, a divisor of gradient_accumulation_steps; 0: all of them from the start
 batch_ramp_iters = 0  # updates over which their number grows from there to gradient_accumulation_steps
-# model
+# model: all fields of GPTConfig are settings, these are nanoGPT's
 n_layer = 12  # transformer layers
 n_head = 12  # attention heads in a layer
 n_embd = 768  # width, divisible by n_head
 dropout = 0.0  # share of activations dropped; 0 suits pretraining, 0.1 and more small data and fine-tuning
 bias = False  # biases in linear and normalisation layers; GPT-2 has them, without is a little better and faster
-pos = 'learned'  # positions: 'learned', 'rope', 'alibi', 'none'
-norm = 'layernorm'  # 'layernorm', 'rmsnorm'
-mlp = 'gelu'  # activation: 'gelu', 'gelu_tanh', 'relu2', 'swiglu'
-qk_norm = False  # normalise queries and keys
-n_kv_head = 0  # heads of keys and values, a divisor of n_head; 0: n_head
-tie_weights = True  # embedding and head are one matrix
-logit_softcap = 0.0  # squash logits into plus or minus this; 0: leave them
-zero_init = False  # the layers' writes into the residual stream start at zero
 vocab_multiple = 1  # round a new model's vocabulary up to a multiple of this; 64 suits matrix units
 # optimizer
 optimizer = 'adamw'  # 'adamw'; 'muon': Muon for the layers' matrices, AdamW for the rest
@@ -97,7 +91,7 @@ backend = 'auto'  # between ranks: 'nccl', 'gloo'; 'auto': nccl on CUDA, gloo el
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
 compile = True  # compile the model: slow to start, faster to run
-config = configure(globals())
+config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from'))
 
 require(config, lambda v: v >= 1, 'at least 1', 'eval_interval', 'log_interval', 'gradient_accumulation_steps',
         'batch_size', 'block_size', 'max_skipped_iters', 'vocab_multiple')
@@ -105,25 +99,28 @@ require(config, lambda v: 0 <= v < math.inf, 'a number from 0 on', 'max_iters', 
         'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'patience', 'seed', 'target_val_loss', 'muon_learning_rate',
         'batch_ramp_from', 'batch_ramp_iters', 'eval_iters')
 require(config, lambda v: 0 <= v < 1, 'in [0, 1)', 'dropout', 'beta1', 'beta2', 'muon_momentum')
-require(config, lambda v: v in ('adamw', 'muon'), "'adamw' or 'muon'", 'optimizer')
+require(config, lambda v: v in OPTIMIZERS, ' or '.join(map(repr, OPTIMIZERS)), 'optimizer')
 require(config, lambda v: v <= 10**7, 'at most 10,000,000', 'batch_ramp_iters')
 if optimizer == 'muon' and not learning_rate:
     raise UserError('--learning_rate=0: Muon follows the schedule of AdamW, which must have one; choose a rate above 0')
 require(config, lambda v: v in ('random', 'shuffle'), "'random' or 'shuffle'", 'data_order')
+if 'vocab_size' in config.given:
+    raise UserError('--vocab_size: the data set decides how many ids there are; --vocab_multiple= rounds their number up')
+dataset = config['dataset'] = dataset_name(dataset)
 
 # --- device and ranks -----------------------------------------------------------------------------------------------------
 watch = Stopwatch()
 ranks = find_ranks()
-for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
-    w = ranks.world_size
-    if config[key] % w and not eval_only:
-        lower = config[key] // w * w
-        raise UserError(f'--{key}={config[key]} cannot be divided among {w} ranks: use {f"{lower} or " if lower else ""}{lower + w}')
 if bool(batch_ramp_from) != bool(batch_ramp_iters):
     raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')
 batch_ramp_from = batch_ramp_from or gradient_accumulation_steps
 if gradient_accumulation_steps % batch_ramp_from:
     raise UserError(f'--batch_ramp_from={batch_ramp_from}: must divide --gradient_accumulation_steps={gradient_accumulation_steps}')
+for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
+    w = ranks.world_size
+    if config[key] % w and not eval_only:
+        lower = config[key] // w * w
+        raise UserError(f'--{key}={config[key]} cannot be divided among {w} ranks: use {f"{lower} or " if lower else ""}{lower + w}')
 device = pick_device(device, ranks)
 keep_memory(device)  # before there are threads
 dtype = pick_dtype(dtype, device)
@@ -135,34 +132,64 @@ use_onednn_products(device)
 def say(*words):
     """Print, on one rank only."""
     if ranks.is_main:
-        print(*words, flush=True)
+        configurator.say(*words)
 
+
+def warn(text):
+    """Print a line of warning, on one rank only."""
+    if ranks.is_main:
+        configurator.warn(text)
+
+
+if decay_lr and not eval_only and 0 < learning_rate < min_lr:
+    warn(f'--learning_rate={learning_rate} is below --min_lr={min_lr}: it will grow where it should decay')
+if decay_lr and not eval_only and 0 < max_iters < warmup_iters:
+    warn(f'--warmup_iters={warmup_iters} is longer than the run of --max_iters={max_iters}: the learning rate will not be reached')
+if init_from == 'auto':
+    init_from = config['init_from'] = 'resume' if ranks.sum([float(ranks.is_main and has_run(out_dir))])[0] else 'scratch'
+if init_from == 'resume' and has_run(out_dir) and ranks.is_main and not eval_only:
+    prepare_out_dir(out_dir)  # nobody else writes there between reading and going on
 
 # --- data -----------------------------------------------------------------------------------------------------------------
 data_dir = os.path.join('data', dataset)
 meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     tokenizer = spec_from_meta(meta)
-    tokenizer_vocab_size = spec_vocab_size(tokenizer) if tokenizer else meta['nanogpt']['vocab_size']
+    vocab_size = spec_vocab_size(tokenizer) if tokenizer else meta['nanogpt']['vocab_size']
+if not meta:
+    say(f'{data_dir} does not say what its ids mean: they are taken for GPT-2\'s, as in nanoGPT')
 end_of_text = spec_end_of_text(tokenizer) if align_documents and tokenizer else None
 if align_documents and end_of_text is None:
     raise UserError(f'--align_documents=True: {data_dir} has no token that ends a document')
-train_tokens, val_tokens = (Tokens(data_dir, split, meta, tokenizer_vocab_size) for split in ('train', 'val'))
+train_tokens, val_tokens = (Tokens(data_dir, split, meta, vocab_size) for split in ('train', 'val'))
 
 # --- model ----------------------------------------------------------------------------------------------------------------
 seed_all(seed)
-model, resumed = initial_model(config, data_dir, tokenizer, tokenizer_vocab_size)
-progress = resumed or {'iter_num': 0, 'best_val_loss': math.inf, 'best_iter': 0, 'evaluated_at': -1, 'seconds': 0.0}
-iter_num, best_val_loss, best_iter, evaluated_at, seconds_before = (
-    progress[key] for key in ('iter_num', 'best_val_loss', 'best_iter', 'evaluated_at', 'seconds'))  # iter_num counts the updates made
-config.update({key: getattr(model.config, key) for key in SHAPE})
+model, resumed = initial_model(config, data_dir, tokenizer, vocab_size)
+if model.config.vocab_size < vocab_size:  # a tokenizer may know ids that its model lacks: none of them may occur
+    train_tokens, val_tokens = (Tokens(data_dir, split, meta, model.config.vocab_size) for split in ('train', 'val'))
+progress = resumed or {'iter_num': 0, 'best_val_loss': math.inf, 'best_iter': 0, 'evaluated_at': -1, 'seconds': 0.0, 'windows_taken': 0}
+iter_num, best_val_loss, best_iter, evaluated_at, seconds_before, windows_taken = (  # iter_num counts the steps made
+    progress[key] for key in ('iter_num', 'best_val_loss', 'best_iter', 'evaluated_at', 'seconds', 'windows_taken'))
+config.update({key: getattr(model.config, key) for key in (*SHAPE, 'vocab_size')})
 block_size = model.config.block_size
+text = {'train': text_checksum(train_tokens), 'val': text_checksum(val_tokens)}
 if resumed:
-    changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in resumed['config'].items()
+    before = resumed['config']
+    changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in before.items()
                if key in config and key not in ('init_from', 'eval_only') and config[key] != old]
     say(f'resuming the run in {out_dir} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
+    if before.get('optimizer', 'adamw') != optimizer and not eval_only:
+        raise UserError(f'--optimizer={optimizer}: the run in {out_dir} has the state of {before.get("optimizer", "adamw")}; --init_from='
+                        f'{out_dir} with another --out_dir starts a new run from its weights')
+    if resumed.get('text', text) != text or dataset_name(str(before.get('dataset', dataset))) != dataset:
+        say(f'{data_dir} is not the text that the run in {out_dir} was trained on until here: the best loss is searched anew')
+        best_val_loss, best_iter, evaluated_at, windows_taken = math.inf, iter_num, -1, 0
+    elif windows_taken is None and data_order == 'shuffle' and any(
+            before.get(key, config[key]) != config[key] for key in ('batch_size', 'gradient_accumulation_steps')):
+        warn(f'the run in {out_dir} does not say how far it has read its text, and its batches had another size: some of it may come twice')
 batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
-                       (batch_ramp_from, batch_ramp_iters), end_of_text)
+                       (batch_ramp_from, batch_ramp_iters), end_of_text, windows_taken)
 if not eval_only:
     x, y = batches.next()
 val_tokens.require_window(block_size)
@@ -170,13 +197,12 @@ eval_iters = eval_iters or -(-((len(val_tokens) - 1) // block_size) // batch_siz
 model.to(device)
 
 # --- optimizer ------------------------------------------------------------------------------------------------------------
-optimizer = make_optimizer(model, learning_rate, weight_decay, (beta1, beta2), optimizer, muon_learning_rate, muon_momentum,
-                           ranks=ranks, dtype=dtype)
+optimizer = make_optimizer(model, config, ranks, dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
     with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state of the run in {out_dir}: '):
-        optimizer.load_state_dict(buffers['optimizer'])
+        load_optimizer_state(optimizer, buffers['optimizer'])
         if scaler.is_enabled() and buffers.get('scaler'):
             scaler.load_state_dict(buffers['scaler'])
     del buffers, resumed['model']  # else they stay in memory to the end
@@ -256,7 +282,7 @@ def save(is_best=False):
                         'the last save with --init_from=resume')
     state = {**model_entry(raw_model), 'config': dict(config), 'tokenizer': tokenizer, 'iter_num': iter_num,
              'best_val_loss': best_val_loss, 'best_iter': best_iter, 'evaluated_at': evaluated_at, 'seconds': training_seconds(),
-             'wandb_id': log.wandb_id}
+             'windows_taken': batches.taken(iter_num), 'text': text, 'wandb_id': log.wandb_id}
     save_checkpoint(out_dir, state, {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}, is_best)
 
 
@@ -267,7 +293,9 @@ if eval_only:
 
 # --- the loop -------------------------------------------------------------------------------------------------------------
 parameters = list(raw_model.parameters())
-watched = raw_model.transformer.h[len(raw_model.transformer.h) // 2].attn.c_proj.weight  # one matrix, in the middle, stands for all
+trained = [p for p in parameters if p.requires_grad]
+watched = [p for p in trained if p.dim() == 2] or trained
+watched = watched[len(watched) // 2]  # one matrix, in the middle, stands for all
 flops_per_token, peak = raw_model.flops_per_token(), peak_flops(device, dtype)
 skipped = longest = torch.zeros((), device=device)  # updates in a row that were not finite: on the device, so that no one waits for it
 clipped, unlogged, tokens = torch.zeros((), device=device), 0, 0  # updates, all updates and tokens since the last line of the log
@@ -296,7 +324,9 @@ while True:
             evaluated_at, is_best = iter_num, losses['val'] < best_val_loss
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num
-    finished = iter_num >= max_iters or 0 < patience * eval_interval <= iter_num - best_iter or best_val_loss <= target_val_loss
+    early = ('no lower validation loss in as many evaluations as --patience says' if 0 < patience * eval_interval <= iter_num - best_iter
+             else f'the validation loss is down to --target_val_loss={target_val_loss}' if best_val_loss <= target_val_loss > 0 else '')
+    finished = iter_num >= max_iters or bool(early)
     if stopping or due and (is_best or always_save_checkpoint or finished):
         save(is_best)
         watch.lap('saving')
@@ -306,7 +336,7 @@ while True:
     # forward and backward, over this rank's micro-batches
     lr = learning_rate_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, cooldown_iters) if decay_lr else learning_rate
     for group in optimizer.param_groups:
-        group['lr'] = lr * group['lr_scale']
+        group['lr'] = group['initial_lr'] * (lr / learning_rate if learning_rate else 0.0)
     micro_batches = batches.micro_batches_at(iter_num)  # of all ranks
     mean_loss = torch.zeros((), device=device)
     for micro in range(ranks.rank, micro_batches, ranks.world_size):
@@ -330,7 +360,7 @@ while True:
     skip = ~(grad_norm.isfinite() & mean_loss.isfinite())  # the same on all ranks
     log_due = iter_num % log_interval == 0
     before = watched.detach().clone() if log_due else None
-    scaler.step(optimizer, skip)
+    step_unless(skip, optimizer)
     scaler.update()
     optimizer.zero_grad()
     skipped = (skipped + 1) * skip
@@ -352,7 +382,7 @@ while True:
         seconds = training_seconds() - seconds_before
         elapsed, logged_seconds = seconds - logged_seconds, seconds
         log.update({
-            'iter': iter_num - 1, 'loss': mean_loss, 'lr': lr,
+            'iter': iter_num - 1, 'loss': mean_loss, 'lr': optimizer.param_groups[0]['lr'],
             'time_ms': 1000 * elapsed / unlogged, 'tokens_per_s': tokens / elapsed,
             'mfu': flops_per_token * tokens / elapsed / (peak * ranks.world_size) if peak else None,
             'grad_norm': grad_norm, 'clipped': clipped.item() / unlogged, 'update_ratio': update_ratio(watched, before),
@@ -370,5 +400,7 @@ status = 128 + (stop.received or signal.SIGTERM) if stopping else 0  # the shell
 if stopping:
     say(f'stopped after {iter_num} updates, all saved; to go on: {stop.resume_command(ranks)}')
 else:
+    if early and iter_num < max_iters:
+        say(f'stopped before --max_iters={max_iters}: {early}')
     say(f'done: {iter_num} updates, best validation loss {best_val_loss:.4f} after {best_iter}; saved in {out_dir}')
 end(ranks, status)

@@ -1,6 +1,7 @@
 """What is written can be read, here and in nanoGPT; nothing else is."""
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED  # noqa: F401
@@ -120,3 +121,45 @@ def test_forged_shapes_are_refused(tmp_path, change):
     save_checkpoint(str(tmp_path), state, {}, False)
     with pytest.raises(UserError):
         restore_model(load_checkpoint(str(tmp_path / LATEST)), 'x')
+
+
+@pytest.mark.parametrize('missing', ['lm_head.weight', 'transformer.wte.weight', None])
+def test_a_tied_matrix_is_stored_once_or_twice(missing):
+    model = GPT(GPTConfig(**SHAPE))
+    state = state_of(model)
+    state['model'] = {name: weight.clone() for name, weight in state['model'].items() if name != missing}
+    restored = restore_model(state, 'x')
+    assert same(model, restored) and restored.lm_head.weight is restored.transformer.wte.weight
+
+
+def test_a_head_that_is_another_matrix_is_not_dropped():
+    model = GPT(GPTConfig(**SHAPE))
+    state = state_of(model)
+    head = torch.randn_like(model.lm_head.weight)
+    state['model'] = {**state['model'], 'lm_head.weight': head}
+    with pytest.raises(UserError, match='the head differs from the embedding'):
+        restore_model(state, 'x')
+    restored = restore_model({**state, 'model_args': {**state['model_args'], 'tie_weights': False}}, 'x')
+    assert torch.equal(restored.lm_head.weight, head) and not torch.equal(restored.transformer.wte.weight, head)
+    del state['model']['lm_head.weight']
+    with pytest.raises(UserError, match='lm_head.weight'):
+        restore_model({**state, 'model_args': {**state['model_args'], 'tie_weights': False}}, 'x')
+
+
+def test_numbers_of_numpy_and_lists_are_data(tmp_path):
+    """As people's own training loops write them: numpy scalars, of any version's module name, lists and dicts among the settings."""
+    model = GPT(GPTConfig(**SHAPE))
+    state = state_of(model, np.int64(5), best_iter=np.int32(3))
+    state['best_val_loss'] = np.float64(1.5)
+    state['model_args'] = {key: np.int64(value) if type(value) is int else value for key, value in state['model_args'].items()}
+    state['model_args']['dropout'] = np.float32(0.5)
+    state['config'] = {'betas': [0.9, np.float32(0.5)], 'schedule': {'steps': (1, 2)}, 'flag': np.bool_(True), 'dataset': 'tiny',
+                       'device': torch.device('cpu'), 'dtype': torch.float16}
+    torch.save(state, tmp_path / LATEST)
+    loaded = load_checkpoint(str(tmp_path / LATEST))
+    assert (loaded['iter_num'], loaded['best_iter'], loaded['best_val_loss']) == (5, 3, 1.5)
+    assert loaded['config'] == {'betas': [0.9, 0.5], 'schedule': {'steps': (1, 2)}, 'flag': True, 'dataset': 'tiny',
+                                'device': "device(type='cpu')", 'dtype': 'torch.float16'}
+    assert {type(value) for value in loaded['model_args'].values()} <= {int, float, bool, str}
+    restored = restore_model(loaded, 'x')
+    assert same(model, restored) and restored.config.dropout == 0.5

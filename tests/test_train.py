@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,19 @@ import time
 
 import pytest
 import torch
-from conftest import CHARS, REPO, TINY, environment, metrics, run, run_forked, run_forked_ok, run_ok, torchrun, write_data
+from conftest import (
+    CHARS,
+    REPO,
+    TINY,
+    copy_scripts,
+    environment,
+    metrics,
+    run_forked,
+    run_forked_ok,
+    run_ok,
+    train_on_ranks,
+    write_data,
+)
 from nanogpt_reference import ReferenceGPT
 
 from checkpoint import load_checkpoint
@@ -35,9 +48,9 @@ def identical(a, b):
 def test_resuming_is_bit_exact(workspace, options):
     """2N updates at once, and N + resume + N, with dropout: the same weights, optimizer and reports to the last bit."""
     common = [*TINY, DROPOUT, *options]
-    run_ok('train.py', *common, '--out_dir=whole', cwd=workspace)
-    run_ok('train.py', *common, '--out_dir=parts', '--max_iters=4', cwd=workspace)
-    output = run_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+    run_forked_ok('train.py', *common, '--out_dir=whole', cwd=workspace)
+    run_forked_ok('train.py', *common, '--out_dir=parts', '--max_iters=4', cwd=workspace)
+    output = run_forked_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
     assert 'after 4 updates, with changed settings: max_iters 4 -> 8' in output
     assert identical(weights(workspace / 'whole'), weights(workspace / 'parts'))
     whole, parts = (torch.load(workspace / name / 'ckpt_optimizer_00000008.pt', weights_only=True)['optimizer']['state']
@@ -47,29 +60,29 @@ def test_resuming_is_bit_exact(workspace, options):
     for a, b in zip(metrics(workspace / 'whole'), metrics(workspace / 'parts')):
         losses = [[(r['iter'], r.get('loss'), r.get('val/loss')) for r in records] for records in (a, b)]
         assert losses[0] == losses[1]
-    assert 'nothing to do' in run_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+    assert 'nothing to do' in run_forked_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
 
 
 def test_two_ranks(workspace):
     """1 and 2 ranks: the same losses, dropout included; 2 ranks resumed: the same bits."""
     common = [*TINY, DROPOUT, '--max_iters=20', '--lr_decay_iters=20', '--eval_interval=10']
-    run_ok('train.py', *common, '--out_dir=one', cwd=workspace)
-    output = torchrun(2, *common, '--out_dir=two', cwd=workspace)
+    run_forked_ok('train.py', *common, '--out_dir=one', cwd=workspace)
+    output = train_on_ranks(2, *common, '--out_dir=two', cwd=workspace)
     assert output.count('step 20:') == 1, 'one rank reports'
     for one, two in zip(metrics(workspace / 'one'), metrics(workspace / 'two')):
         for a, b in zip(one, two, strict=True):
             assert a.get('loss', 0) == pytest.approx(b.get('loss', 0), abs=1e-4)
             assert a.get('val/loss', 0) == pytest.approx(b.get('val/loss', 0), abs=1e-4)
-    torchrun(2, *common, '--out_dir=parts', '--max_iters=10', cwd=workspace)
-    torchrun(2, *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+    train_on_ranks(2, *common, '--out_dir=parts', '--max_iters=10', cwd=workspace)
+    train_on_ranks(2, *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
     assert identical(weights(workspace / 'two'), weights(workspace / 'parts'))
 
 
 def test_two_ranks_with_muon(workspace):
     """Each rank makes a share of Muon's directions, of a growing batch: the losses and, but for rounding, the weights of one rank."""
     common = [*TINY, *MODERN, '--gradient_accumulation_steps=4', '--batch_ramp_from=2', '--batch_ramp_iters=6', '--n_layer=3']
-    run_ok('train.py', *common, '--out_dir=one', cwd=workspace)
-    torchrun(2, *common, '--out_dir=two', cwd=workspace)
+    run_forked_ok('train.py', *common, '--out_dir=one', cwd=workspace)
+    train_on_ranks(2, *common, '--out_dir=two', cwd=workspace)
     one, two = (metrics(workspace / name)[0] for name in ('one', 'two'))
     assert [r['loss'] for r in one] == pytest.approx([r['loss'] for r in two], abs=1e-4)
     one, two = (weights(workspace / name) for name in ('one', 'two'))
@@ -77,6 +90,7 @@ def test_two_ranks_with_muon(workspace):
         torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_nodes(workspace):
     """Two torchrun agents on the loopback interface are one run."""
     import socket
@@ -90,7 +104,7 @@ def test_two_nodes(workspace):
     outputs = [agent.communicate(timeout=120)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert sum('2 x cpu' in output for output in outputs) == 1 and sum('done: 8 updates' in output for output in outputs) == 1
-    run_ok('train.py', *TINY, '--out_dir=alone', cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--out_dir=alone', cwd=workspace)
     for a, b in zip(metrics(workspace / 'out')[0], metrics(workspace / 'alone')[0], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], abs=1e-4)
 
@@ -190,8 +204,8 @@ def test_signals_save_and_tell_how_to_go_on(workspace, signum):
     assert command[0] == sys.executable and command[1].endswith('train.py') and command[-1] == '--init_from=resume'
     stopped = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num']
     assert stopped > 20
-    run_ok('train.py', *command[2:], f'--max_iters={stopped + 3}', cwd=workspace)
-    run_ok('train.py', *common, f'--max_iters={stopped + 3}', '--out_dir=whole', cwd=workspace)
+    run_forked_ok('train.py', *command[2:], f'--max_iters={stopped + 3}', cwd=workspace)
+    run_forked_ok('train.py', *common, f'--max_iters={stopped + 3}', '--out_dir=whole', cwd=workspace)
     assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
     assert [r['iter'] for r in metrics(workspace / 'out')[0]] == list(range(stopped + 3))
 
@@ -209,6 +223,7 @@ def test_torchrun_passes_signals_on(workspace):
     assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] > 20
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(workspace):
     """kill -9 of a run that saves after every update: whatever the moment, what is on disk loads, and the run goes on."""
     rng = random.Random(0)
@@ -229,16 +244,17 @@ def test_killed_at_random_moments(workspace):
         assert checkpoint['iter_num'] > iter_num, ''.join(lines)
         load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))
         iter_num = checkpoint['iter_num']
-    run_ok('train.py', *common, '--init_from=resume', f'--max_iters={iter_num + 3}', cwd=workspace)
-    run_ok('train.py', *common, '--out_dir=whole', f'--max_iters={iter_num + 3}', '--eval_interval=1000', cwd=workspace)
+    run_forked_ok('train.py', *common, '--init_from=resume', f'--max_iters={iter_num + 3}', cwd=workspace)
+    run_forked_ok('train.py', *common, '--out_dir=whole', f'--max_iters={iter_num + 3}', '--eval_interval=1000', cwd=workspace)
     assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
     assert [r['iter'] for r in metrics(workspace / 'out')[0]] == list(range(iter_num + 3))
 
 
 def test_a_run_that_diverges_stops_and_its_checkpoint_is_sound(workspace):
     arguments = [*TINY, '--max_iters=100', '--eval_interval=2', '--decay_lr=False', '--max_skipped_iters=3']
-    run_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
-    result = run('train.py', *arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0', '--eval_interval=50', cwd=workspace)
+    run_forked_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
+    result = run_forked('train.py', *arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0', '--eval_interval=50',
+                        cwd=workspace)
     assert result.returncode == 2 and result.stderr.count('\n') == 1
     assert 'not finite in 3 updates in a row' in result.stderr and '--learning_rate' in result.stderr
     checkpoint = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
@@ -254,14 +270,15 @@ def test_a_new_run_does_not_overwrite_an_earlier_one(workspace):
     assert len(metrics(workspace / 'out')[1]) == len(metrics(workspace / 'out' / 'previous-1')[1]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('compiler', ['works', 'is missing'])
 def test_compilation_and_its_absence(workspace, compiler):
     """Without a C++ compiler there is one line of warning, and the run is the eager one to the last bit."""
     without = {'CXX': '/nowhere/c++', 'PATH': '/nowhere', 'TORCHINDUCTOR_CACHE_DIR': str(workspace / 'cache')}
-    result = run('train.py', *TINY, '--compile=True', '--max_iters=3', cwd=workspace, timeout=300,
-                 **(without if compiler != 'works' else {}))
+    arguments = [*TINY, '--n_layer=1', '--max_iters=3']
+    result = run_forked('train.py', *arguments, '--compile=True', cwd=workspace, **(without if compiler != 'works' else {}))
     assert result.returncode == 0, result.stderr
-    run_ok('train.py', *TINY, '--max_iters=3', '--out_dir=eager', cwd=workspace)
+    run_forked_ok('train.py', *arguments, '--out_dir=eager', cwd=workspace)
     compiled, eager = metrics(workspace / 'out')[0], metrics(workspace / 'eager')[0]
     assert [r['loss'] for r in compiled] == pytest.approx([r['loss'] for r in eager], abs=1e-3)
     if compiler != 'works' or torch.__version__.startswith('2.6.'):  # which is wrong, and therefore not used
@@ -270,19 +287,18 @@ def test_compilation_and_its_absence(workspace, compiler):
     assert not any('_orig_mod' in key for key in torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['model'])
 
 
+@pytest.mark.slow
 def test_compiled_loss_in_pieces(workspace):
-    """A vocabulary too large for its logits to be made at once, compiled, in bfloat16, on two ranks: no warning, the loss of one
+    """A vocabulary too large for its logits to be made at once, in bfloat16, compiled, and on two ranks: no warning, the loss of one
     eager rank."""
-    common = [*TINY, '--max_iters=3', '--vocab_multiple=64', '--dtype=bfloat16']
-    run_ok('train.py', *common, '--out_dir=one', cwd=workspace)
-    small = {'PYTHONPATH': str(workspace / 'small')}
-    (workspace / 'small').mkdir()
-    (workspace / 'small' / 'sitecustomize.py').write_text(
-        'import sys\nsys.path.insert(0, %r)\nimport model\nmodel.LOGITS_AT_ONCE = 64 * 10\n' % str(REPO))
-    output = torchrun(2, *common, '--out_dir=two', '--compile=True', cwd=workspace, **small)
-    assert 'compiling' in output and 'warning: torch' not in output
-    one, two = (metrics(workspace / name)[0] for name in ('one', 'two'))
-    assert [r['loss'] for r in one] == pytest.approx([r['loss'] for r in two], abs=0.01)
+    common = [*TINY, '--n_layer=1', '--max_iters=3', '--vocab_multiple=64', '--dtype=bfloat16']
+    run_forked_ok('train.py', *common, '--out_dir=one', cwd=workspace)
+    copy = copy_scripts(workspace / 'copy', [('model.py', 'LOGITS_AT_ONCE = 2**26', 'LOGITS_AT_ONCE = 64 * 10')])
+    output = run_forked(copy / 'train.py', *common, '--out_dir=compiled', '--compile=True', cwd=workspace)
+    assert output.returncode == 0 and 'compiling' in output.stdout and output.stderr == ''
+    train_on_ranks(2, *common, '--out_dir=two', cwd=workspace, script=copy / 'train.py')
+    one, *others = ([r['loss'] for r in metrics(workspace / name)[0]] for name in ('one', 'compiled', 'two'))
+    assert all(losses == pytest.approx(one, abs=0.01) for losses in others)
 
 
 def test_a_nanogpt_user_brings_everything(workspace):
@@ -310,17 +326,17 @@ def test_a_nanogpt_user_brings_everything(workspace):
     torch.save({'model': {'_orig_mod.' + name: weight for name, weight in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
                 'model_args': model_args, 'iter_num': 5, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'theirs'}},
                workspace / 'theirs' / 'ckpt.pt')
-    assert 'val loss' in run_ok('train.py', 'theirs.py', '--init_from=resume', '--eval_only=True', cwd=workspace)
+    assert 'val loss' in run_forked_ok('train.py', 'theirs.py', '--init_from=resume', '--eval_only=True', cwd=workspace)
     sample = ['--out_dir=theirs', '--num_samples=1', '--max_new_tokens=8', '--start=abc', '--device=cpu']
-    text = run_ok('sample.py', *sample, cwd=workspace)
+    text = run_forked_ok('sample.py', *sample, cwd=workspace)
     assert text.startswith('abc') and set(text.split('\n---')[0]) <= set(CHARS)
-    assert 'after 5 updates' in run_ok('train.py', 'theirs.py', '--init_from=resume', cwd=workspace)
+    assert 'after 5 updates' in run_forked_ok('train.py', 'theirs.py', '--init_from=resume', cwd=workspace)
     raw = torch.load(workspace / 'theirs' / 'ckpt.pt', weights_only=True)
     theirs = ReferenceGPT(**raw['model_args'])
     theirs.load_state_dict(raw['model'])
     assert theirs(ids).isfinite().all() and raw['iter_num'] == 10
     # without naming the shape again, as nanoGPT allows
-    output = run_ok('train.py', '--init_from=resume', '--out_dir=theirs', '--dataset=theirs', '--device=cpu', '--compile=False',
+    output = run_forked_ok('train.py', '--init_from=resume', '--out_dir=theirs', '--dataset=theirs', '--device=cpu', '--compile=False',
                     '--eval_only=True', '--eval_iters=2', cwd=workspace)
     assert 'step 10: ' in output
 
@@ -414,7 +430,7 @@ def test_peak_flops_by_name(name, dtype, expected):
 def test_a_signal_during_divergence_saves_nothing_bad(workspace):
     """Weights that the last update ruined are not saved, even if the run is told to stop just then."""
     arguments = [*TINY, '--max_iters=1000', '--eval_interval=500', '--decay_lr=False', '--max_skipped_iters=300']
-    run_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
+    run_forked_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
     ruin = [*arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0']
     process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *ruin], cwd=workspace, env=environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -425,3 +441,258 @@ def test_a_signal_during_divergence_saves_nothing_bad(workspace):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and 'not finite' in errors
     assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] == 2
+
+
+# --- people hack the code -----------------------------------------------------------------------------------------------
+
+NEW_FIELD = [('model.py', '    zero_init: bool = False',
+              '    mlp_scale: float = 1.0  # what the MLP adds is multiplied by this\n    zero_init: bool = False'),
+             ('model.py', 'self.mlp = MLP(config)', 'self.mlp, self.mlp_scale = MLP(config), config.mlp_scale'),
+             ('model.py', 'return x + self.mlp(self.ln_2(x))', 'return x + self.mlp_scale * self.mlp(self.ln_2(x))')]
+
+
+def test_a_new_field_of_the_model_needs_no_other_file(workspace):
+    """A field of GPTConfig with a default, and what it does: every script knows it, every checkpoint keeps it."""
+    copy = copy_scripts(workspace / 'copy', NEW_FIELD)
+    for name, arguments in (('plain', []), ('same', ['--mlp_scale=1']), ('scaled', ['--mlp_scale=-3'])):
+        run_forked_ok(copy / 'train.py', *TINY, *arguments, f'--out_dir={name}', cwd=workspace)
+    assert identical(weights(workspace / 'plain'), weights(workspace / 'same'))
+    assert not identical(weights(workspace / 'plain'), weights(workspace / 'scaled'))
+    saved = torch.load(workspace / 'scaled' / 'ckpt.pt', weights_only=True)
+    assert saved['model_args']['mlp_scale'] == saved['config']['mlp_scale'] == -3
+    assert 'mlp_scale' not in torch.load(workspace / 'plain' / 'ckpt.pt', weights_only=True)['model_args']
+    resume = [*TINY, '--out_dir=scaled', '--init_from=resume', '--max_iters=9']
+    assert 'mlp_scale' not in run_forked_ok(copy / 'train.py', *resume, cwd=workspace), 'it is no changed setting'
+    result = run_forked(copy / 'train.py', *resume, '--mlp_scale=2', '--max_iters=10', cwd=workspace)
+    assert result.returncode == 2 and '--mlp_scale=2.0: the run in scaled' in result.stderr
+    sample = ['--device=cpu', '--num_samples=1', '--max_new_tokens=30', '--start=abc', '--temperature=0', '--json=True']
+    texts = [run_forked_ok(copy / 'sample.py', *sample, f'--out_dir={name}', cwd=workspace) for name in ('plain', 'same', 'scaled')]
+    assert texts[0] == texts[1] != texts[2]
+    assert 'over 992 tokens' in run_forked_ok(copy / 'evaluate.py', '--device=cpu', '--out_dir=scaled', cwd=workspace)
+    bench = ['--device=cpu', '--compile=False', '--dataset=tiny', '--steps=1', '--warmup_steps=1', '--n_layer=1', '--n_head=2',
+             '--n_embd=32', '--block_size=16', '--batch_size=2']
+    losses = [re.search(r'1/1: loss ([\d.]+)', run_forked_ok(copy / 'bench.py', *bench, f'--mlp_scale={scale}', cwd=workspace))[1]
+              for scale in (1, -50)]
+    assert losses[0] != losses[1]
+    assert 'what the MLP adds is multiplied by this' in run_forked_ok(copy / 'train.py', '--help', cwd=workspace)
+
+
+def test_an_optimizer_of_torchs_is_one_line(workspace):
+    """SGD in the table: trained, saved, resumed to the last bit; and it does not take over AdamW's memory."""
+    sgd = ("OPTIMIZERS = {'sgd': lambda named, config, ranks, dtype: "
+           "torch.optim.SGD(named.values(), config['learning_rate'], momentum=0.9), ")
+    copy = copy_scripts(workspace / 'copy', [('optim.py', 'OPTIMIZERS = {', sgd)])
+    common = [*TINY, DROPOUT, '--optimizer=sgd', '--learning_rate=0.1']
+    run_forked_ok(copy / 'train.py', *common, '--out_dir=whole', cwd=workspace)
+    run_forked_ok(copy / 'train.py', *common, '--out_dir=parts', '--max_iters=4', cwd=workspace)
+    run_forked_ok(copy / 'train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
+    assert identical(weights(workspace / 'whole'), weights(workspace / 'parts'))
+    losses = [r['loss'] for r in metrics(workspace / 'whole')[0]]
+    assert losses[-1] < losses[0]
+    rates = [r['lr'] for r in metrics(workspace / 'whole')[0]]
+    assert max(rates) == pytest.approx(0.1) and rates[0] == pytest.approx(0.1 / 3)
+    result = run_forked('train.py', *TINY, '--out_dir=whole', '--init_from=resume', '--max_iters=9', cwd=workspace)
+    assert result.returncode == 2 and '--optimizer=adamw: the run in whole has the state of sgd' in result.stderr
+    result = run_forked(copy / 'train.py', *TINY, '--optimizer=adam', cwd=workspace)
+    assert "must be 'sgd' or 'adamw' or 'muon'" in result.stderr
+
+
+def test_training_biases_alone(workspace):
+    """No matrix is left to watch, and one of two groups is empty."""
+    freeze = ('train.py', 'model.to(device)\n', "for _p in model.parameters():\n    _p.requires_grad = _p.dim() < 2\nmodel.to(device)\n")
+    copy = copy_scripts(workspace / 'copy', [freeze])
+    for arguments in (['--bias=True', '--max_iters=2'], ['--init_from=resume', '--optimizer=adamw']):
+        run_forked_ok(copy / 'train.py', *TINY, *arguments, cwd=workspace)
+    result = run_forked(copy / 'train.py', *TINY, '--bias=False', '--norm=rmsnorm', '--optimizer=muon', '--out_dir=m', cwd=workspace)
+    assert result.returncode == 0, result.stderr
+    nothing = ('train.py', 'model.to(device)\n', 'model.requires_grad_(False)\nmodel.to(device)\n')
+    result = run_forked(copy_scripts(workspace / 'nothing', [nothing]) / 'train.py', *TINY, '--out_dir=n', cwd=workspace)
+    assert result.returncode == 2 and 'there is nothing to train' in result.stderr
+
+
+def test_a_field_that_is_a_tuple_is_resumed(workspace):
+    field = ('model.py', '    zero_init: bool = False', '    tags: tuple = ()  # texts\n    zero_init: bool = False')
+    copy = copy_scripts(workspace / 'copy', [field])
+    for _ in range(2):
+        run_forked_ok(copy / 'train.py', *TINY, '--tags=a', '--tags=b', '--init_from=auto', cwd=workspace)
+    assert torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['model_args']['tags'] == ('a', 'b')
+
+
+def test_frozen_parameters_stay(workspace):
+    freeze = ('train.py', 'model.to(device)\n', "for _name, _p in model.named_parameters():\n    _p.requires_grad = 'h.1.' in _name\n"
+              'model.to(device)\n')
+    copy = copy_scripts(workspace / 'copy', [freeze])
+    for optimizer in ('adamw', 'muon'):
+        run_forked_ok(copy / 'train.py', *TINY, f'--optimizer={optimizer}', '--max_iters=0', f'--out_dir={optimizer}', cwd=workspace)
+        before = weights(workspace / optimizer)
+        for arguments in (['--max_iters=4'], ['--max_iters=8']):
+            run_forked_ok(copy / 'train.py', *TINY, f'--optimizer={optimizer}', f'--out_dir={optimizer}', '--init_from=resume', *arguments,
+                          cwd=workspace)
+        after = weights(workspace / optimizer)
+        assert {name.split('.')[2] for name in after if not torch.equal(before[name], after[name])} == {'1'}
+
+
+# --- people bring things from elsewhere, and go on with other things --------------------------------------------------------
+
+def test_another_text_has_another_best_loss(workspace):
+    """Also under the name of the old one. What the old text's best was is told, but not compared with."""
+    write_data(workspace / 'data' / 'other', chars=CHARS)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randint(len(CHARS), (5000,), generator=rng).numpy().astype('<u2')
+    noise[:4000].tofile(workspace / 'data' / 'other' / 'train.bin')
+    noise[4000:].tofile(workspace / 'data' / 'other' / 'val.bin')
+    common = [*TINY, '--max_iters=40', '--decay_lr=False', '--eval_interval=20', '--always_save_checkpoint=False']
+    run_forked_ok('train.py', *common, cwd=workspace)
+    learned = load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))['best_val_loss']
+    shutil.copytree(workspace / 'out', workspace / 'again')
+    output = run_forked_ok('train.py', *common, '--dataset=other', '--init_from=resume', '--max_iters=60', cwd=workspace)
+    assert 'is not the text that the run in out was trained on' in output
+    best = load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))
+    assert best['config']['dataset'] == 'other' and best['best_val_loss'] > learned and best['iter_num'] >= 40
+    shutil.copy(workspace / 'data' / 'other' / 'val.bin', workspace / 'data' / 'tiny' / 'val.bin')  # prepared anew
+    output = run_forked_ok('train.py', *common, '--out_dir=again', '--init_from=resume', '--max_iters=60', cwd=workspace)
+    assert 'is not the text' in output and load_checkpoint(str(workspace / 'again' / 'ckpt_best.pt'))['iter_num'] >= 40
+    output = run_forked_ok('train.py', *common, '--out_dir=again', '--init_from=resume', '--max_iters=61', '--dataset=data/tiny/',
+                           cwd=workspace)
+    assert 'is not the text' not in output
+
+
+def test_starting_from_a_run(workspace):
+    """--init_from=FOLDER, or a checkpoint's file: a new run from its weights, with their shape."""
+    run_forked_ok('train.py', *TINY, '--pos=rope', '--max_iters=0', '--out_dir=a', cwd=workspace)
+    start = [argument for argument in TINY if not argument.startswith('--n_')]
+    output = run_forked_ok('train.py', *start, '--init_from=a', '--max_iters=0', '--out_dir=b', cwd=workspace)
+    assert 'done: 0 updates' in output and identical(weights(workspace / 'a'), weights(workspace / 'b'))
+    run_forked_ok('train.py', *start, '--init_from=a/ckpt_best.pt', '--max_iters=4', '--out_dir=c', cwd=workspace)
+    run_forked_ok('train.py', *TINY, '--init_from=a', '--max_iters=4', '--out_dir=d', '--seed=2', cwd=workspace)
+    assert not identical(weights(workspace / 'c'), weights(workspace / 'd'))
+    assert load_checkpoint(str(workspace / 'c' / 'ckpt.pt'))['model_args']['pos'] == 'rope'
+    text = [run_forked_ok('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=9', *where, cwd=workspace)
+            for where in (['--init_from=c'], ['--out_dir=c'], ['--init_from=c/ckpt.pt'])]
+    assert text[0] == text[1] == text[2]
+    result = run_forked('train.py', *TINY, '--init_from=a', '--pos=alibi', cwd=workspace)
+    assert result.returncode == 2 and '--pos=alibi: a has pos=rope' in result.stderr
+    result = run_forked('train.py', *TINY, '--n_layer=3', '--init_from=a', '--max_iters=0', cwd=workspace)
+    assert result.returncode == 0 and result.stderr.startswith('warning: --n_layer=3: a has n_layer=2, which it keeps')
+    write_data(workspace / 'data' / 'other', chars=CHARS[::-1])
+    result = run_forked('train.py', *start, '--init_from=a', '--dataset=other', cwd=workspace)
+    assert result.returncode == 2 and 'another tokenizer' in result.stderr
+
+
+def test_a_run_holds_its_folder(workspace):
+    """While one run writes there another is refused, and whatever it asked for, the first loses nothing. A dead run holds nothing."""
+    common = [*TINY, '--max_iters=1000000', '--eval_interval=20', '--decay_lr=False']
+    command = [sys.executable, str(REPO / 'train.py'), *common]
+    process = subprocess.Popen(command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 21:'):
+            break
+    for arguments in ([], ['--init_from=resume'], ['--init_from=auto'], ['--n_embd=64'], ['--init_from=out']):
+        result = run_forked('train.py', *common, *arguments, cwd=workspace)
+        assert result.returncode == 2 and '--out_dir=out: another run is writing there' in result.stderr, result.stderr
+    assert run_forked('train.py', *common, '--init_from=resume', '--eval_only=True', cwd=workspace).returncode == 0
+    process.kill()
+    process.communicate()
+    iter_num = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num']
+    assert iter_num >= 20 and not (workspace / 'out' / 'previous-1').exists() and (workspace / 'out' / '.lock').exists()
+    output = run_forked_ok('train.py', *common, '--init_from=resume', f'--max_iters={iter_num + 1}', cwd=workspace)
+    assert f'after {iter_num} updates' in output and not (workspace / 'out' / '.lock').exists()
+
+
+def test_auto_resumes_where_there_is_a_run(workspace):
+    """The same command again and again, as a scheduler gives it: it starts, goes on, and is done; the same bits as in one go."""
+    common = [*TINY, DROPOUT, '--init_from=auto']
+    run_forked_ok('train.py', *common, '--max_iters=3', cwd=workspace)
+    assert 'after 3 updates' in run_forked_ok('train.py', *common, cwd=workspace)
+    assert 'nothing to do' in run_forked_ok('train.py', *common, cwd=workspace)
+    run_forked_ok('train.py', *common, '--out_dir=whole', cwd=workspace)
+    assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
+
+
+@pytest.mark.slow
+def test_restarted_by_torchrun(workspace):
+    """A rank that dies once: torchrun starts all again, and they go on from the last save."""
+    die = ('train.py', '    # forward and backward, over',
+           "    if iter_num == 6 and ranks.rank == 1 and not os.path.exists('died'):\n        open('died', 'w').close()\n"
+           '        os._exit(9)\n\n    # forward and backward, over')
+    copy = copy_scripts(workspace / 'copy', [die])
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=2',
+               str(copy / 'train.py'), *TINY, DROPOUT, '--init_from=auto']
+    result = subprocess.run(command, cwd=workspace, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and (workspace / 'died').exists(), result.stderr
+    assert 'after 4 updates' in result.stdout and 'done: 8 updates' in result.stdout
+    train_on_ranks(2, *TINY, DROPOUT, '--out_dir=whole', cwd=workspace)
+    assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
+
+
+def test_targets_and_patience_say_so(workspace):
+    """A loss of 0 is a loss like any other; a run that ends early says why."""
+    (workspace / 'data' / 'one').mkdir()
+    for split in ('train', 'val'):
+        torch.zeros(1000, dtype=torch.int16).numpy().tofile(workspace / 'data' / 'one' / f'{split}.bin')
+    (workspace / 'data' / 'one' / 'meta.json').write_text(json.dumps({'tokenizer': {'kind': 'char', 'chars': 'a'}, 'dtype': 'uint16'}))
+    output = run_forked_ok('train.py', *TINY, '--dataset=one', cwd=workspace)
+    assert 'val loss 0.0000' in output and 'done: 8 updates' in output and 'stopped before' not in output
+    output = run_forked_ok('train.py', *TINY, '--target_val_loss=9', '--out_dir=t', cwd=workspace)
+    assert 'stopped before --max_iters=8: the validation loss is down to --target_val_loss=9.0' in output and 'done: 0 updates' in output
+    output = run_forked_ok('train.py', *TINY, '--learning_rate=0', '--min_lr=0', '--eval_interval=1', '--patience=2', '--out_dir=p',
+                           cwd=workspace)
+    assert 'stopped before --max_iters=8: no lower validation loss' in output and 'done: 2 updates' in output
+
+
+def test_settings_that_hardly_can_be_meant(workspace):
+    for arguments, words in ((['--learning_rate=1e-4'], '--learning_rate=0.0001 is below --min_lr=0.001'),
+                             (['--warmup_iters=9'], '--warmup_iters=9 is longer than the run of --max_iters=8')):
+        result = run_forked('train.py', *TINY, *arguments, cwd=workspace)
+        assert result.returncode == 0 and result.stderr.count('\n') == 1
+        assert result.stderr.startswith('warning: ') and words in result.stderr
+        assert run_forked('train.py', *TINY, *arguments, '--decay_lr=False', cwd=workspace).stderr == ''
+
+
+def test_a_data_set_by_any_of_its_names(workspace):
+    shutil.copytree(workspace / 'data' / 'tiny', workspace / 'data' / 'text' / 'small')
+    common = [*TINY, '--max_iters=2']
+    for n, name in enumerate(('text/small', 'data/text/small', './data/text/small/', str(workspace / 'data' / 'text' / 'small'))):
+        run_forked_ok('train.py', *common, f'--dataset={name}', f'--out_dir={n}', cwd=workspace)
+        assert identical(weights(workspace / '0'), weights(workspace / str(n)))
+        assert 'tokens in windows' in run_forked_ok('evaluate.py', '--device=cpu', f'--out_dir={n}', f'--dataset={name}', cwd=workspace)
+    assert load_checkpoint(str(workspace / '1' / 'ckpt.pt'))['config']['dataset'] == 'text/small'
+
+
+def test_home_is_not_a_folder_called_tilde(workspace):
+    home = {'HOME': str(workspace / 'home')}
+    run_forked_ok('train.py', *TINY, '--max_iters=1', '--out_dir=~/runs/a', cwd=workspace, **home)
+    assert (workspace / 'home' / 'runs' / 'a' / 'ckpt.pt').exists() and not (workspace / '~').exists()
+    (workspace / 'home' / 'p.txt').write_bytes(b'\xef\xbb\xbfabc')
+    (workspace / 'home' / 'novel.txt').write_text('It was a dark and stormy night. ' * 50)
+    copy = copy_scripts(workspace / 'copy')
+    run_forked_ok(copy / 'data/text/prepare.py', '--input=~/novel.txt', '--workers=1', cwd=workspace, **home)
+    assert (copy / 'data' / 'text' / 'novel' / 'train.bin').exists()
+    text = run_forked_ok('sample.py', '--device=cpu', '--init_from=~/runs/a', '--start=FILE:~/p.txt', '--num_samples=1', cwd=workspace,
+                         **home)
+    assert text.startswith('abc')
+
+
+# --- the terminal goes away ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('signum', [getattr(signal, name) for name in ('SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)])
+def test_nobody_reads_and_it_is_told_to_stop(workspace, signum):
+    """`train.py | tee log`, and Ctrl-C, which tee gets too; a terminal that is closed; a scheduler's warning: everything is saved."""
+    arguments = [*TINY, '--max_iters=100000', '--eval_interval=100000', '--decay_lr=False']
+    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *arguments], cwd=workspace, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 20:'):
+            break
+    process.stdout.close()
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == 128 + signum
+    assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] > 20
+
+
+def test_nohup_is_heeded():
+    """A SIGHUP that is ignored stays ignored; the other signals are caught."""
+    program = ('import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from runtime import StopSignal; stop = StopSignal(); '
+               'os.kill(os.getpid(), signal.SIGHUP); print(stop.received); os.kill(os.getpid(), signal.SIGUSR1); print(stop.received.name)')
+    result = subprocess.run([sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO)), capture_output=True, text=True)
+    assert result.stdout.split() == ['None', 'SIGUSR1'], result.stderr
