@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Install what the tests need into .venv, then run them. Arguments go to pytest: ./test.sh -k resume
+# Install what the tests need into .venv, check the style, run the tests. Arguments go to pytest: ./test.sh -k resume, ./test.sh -m gpu
 set -euo pipefail
 cd "$(dirname "$0")"
 ./quickstart.sh --install
-exec .venv/bin/python -m pytest -n 2 "$@"
+.venv/bin/ruff check .
+exec .venv/bin/python -m pytest -n 2 -m 'not gpu' "$@"

@@ -5,17 +5,18 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import CHARS, REPO, TINY, environment, run, run_forked, run_ok, write_data
+from conftest import CHARS, REPO, TINY, copy_scripts, environment, run_forked, run_forked_ok, run_forked_ranks, write_data
 
 RESUME = [*TINY, '--init_from=resume', '--max_iters=12']
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=4']
 BENCH = ['--device=cpu', '--compile=False', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2',
-         '--warmup_iters=0', '--max_iters=1', '--dataset=tiny']
+         '--warmup_steps=0', '--steps=1', '--dataset=tiny']
 DECODE = ['--mode=decode', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--vocab_size=40', '--rounds=1',
           '--num_samples=2', '--prompt_tokens=4', '--max_new_tokens=4']
 PREPARE = 'data/text/prepare.py'
@@ -289,6 +290,23 @@ FRESH = [  # in a folder with the data set data/tiny
     ('text_workers', put('mistake.txt', 'abc' * 99), PREPARE, ['--input=mistake.txt', '--workers=-1'], '--workers=-1: must be 0 or more'),
     ('align_without_ends', None, 'train.py', [*TINY, '--align_documents=True'], 'data/tiny has no token that ends a document'),
     ('text_of_shakespeare', None, 'data/shakespeare_char/prepare.py', ['--input=mistake.txt'], 'cannot read mistake.txt'),
+    # what is not what it was taken for
+    ('text_html', put('mistake.html', '<p>abc'), PREPARE, ['--input=mistake.html'], 'mistake.html: .html files are not read, make it'),
+    ('text_json_object', put('mistake.json', '{\n"name": "abc"\n}'), PREPARE, ['--input=mistake.json'], 'mistake.json is neither an array'),
+    ('text_json_array', put('mistake.json', '["abc", "def"'), PREPARE, ['--input=mistake.json'], 'mistake.json is no array of JSON: after'),
+    ('text_csv_column', put('mistake.csv', 'n,content\n1,abc\n'), PREPARE, ['--input=mistake.csv'], "must name one column 'text'"),
+    ('text_csv_fields', put('mistake.csv', 'n,text\n1,a, b\n'), PREPARE, ['--input=mistake.csv'], 'mistake.csv, line 2: 3 fields'),
+    ('text_link', lambda f: ((f / 'mistake').mkdir(), (f / 'mistake/a.txt').symlink_to('gone')), PREPARE, ['--input=mistake'],
+     'mistake/a.txt is a link to something that is not there'),
+    ('text_tokenizer_folder', both(mkdir('hf'), put('mistake.txt', 'abc' * 99)), PREPARE, ['--input=mistake.txt', '--tokenizer=hf'],
+     '--tokenizer=hf: there is no tokenizer.json in it'),
+    ('text_tokenizer_broken', both(put('hf/tokenizer.json', '{"model":'), put('mistake.txt', 'abc' * 99)), PREPARE,
+     ['--input=mistake.txt', '--tokenizer=hf'], 'cannot read hf/tokenizer.json: not a tokenizer.json'),
+    ('meta_vocab_size', meta(vocab_size=-29), 'train.py', TINY, "meta.json is not a data set description (prepare the data again): 'vocab"),
+    ('meta_tokens', meta(tokens={'train': '4000'}), 'train.py', TINY, "'tokens' must be a whole number for train and one for val"),
+    ('meta_pkl_two_ways', meta_pkl({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}}), 'train.py', TINY, 'contradict'),
+    ('bin_wider', both(meta(tokens=None), put('data/tiny/train.bin', b'\1\0\0\0' * 500)),
+     'train.py', TINY, 'data/tiny/train.bin: every second id is 0'),
 ]
 TRAINED = [  # the same, and a run of 8 updates in out/
     # checkpoints that are none
@@ -361,12 +379,12 @@ TRAINED = [  # the same, and a run of 8 updates in out/
      "second.txt: the character 'X'"),
     ('prompt_second_file_empty', files(a='abc', second=''), 'sample.py', [*SAMPLE, f'--start=FILES:{"./" * 20}a.txt,second.txt'],
      'second.txt: a prompt must have'),
-    ('prompt_with_byte_order_mark', files(p='\ufeffabc'), 'sample.py', [*SAMPLE, '--start=FILE:p.txt'], "the character '\\ufeff'"),
     ('prompt_path_in_lower_case', files(p='abc'), 'sample.py', [*SAMPLE, '--start=file:p.txt'], "the character ':' at position 4"),
     ('prompt_not_unicode', library_tokenizer('BPE', {'a': 0}, merges=[]), 'sample.py', [*SAMPLE, '--start=a\udcff'], '--start=a'),
     ('prompt_of_unknown_words', library_tokenizer('WordLevel', {'a': 0}, unk_token='?'), 'sample.py', [*SAMPLE, '--start=z'],
      '--start=z'),
-    ('prompt_of_no_known_piece', library_tokenizer('BPE', {'a': 0}, merges=[]), 'sample.py', [*SAMPLE, '--start=z'], 'at least one token'),
+    ('prompt_of_no_known_piece', library_tokenizer('BPE', {'a': 0}, merges=[]), 'sample.py', [*SAMPLE, '--start=az'],
+     "no token for the character 'z' at position 1"),
     ('tokenizer_with_holes', library_tokenizer('BPE', {'a': 0, 'b': 300}, merges=[]), 'sample.py', [*SAMPLE, '--start=b'],
      'they do not belong together'),
     ('tokenizer_json_broken', forge(lambda s: s.update(tokenizer={'kind': 'tokenizers', 'json': '{"model":'})), 'sample.py', SAMPLE,
@@ -433,20 +451,18 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and '__pycache__' not in path.parts}
 
 
-def copy_scripts(folder):
-    """The repository's scripts, copied: a prepare.py writes beside itself, if it writes when it should not."""
-    for path in (*REPO.glob('*.py'), *(REPO / 'data').rglob('*.py')):
-        target = folder / 'copied' / path.relative_to(REPO)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    return folder / 'copied'
+def preload(arguments):
+    """Import here, once for all forks, what a case needs that takes seconds to import."""
+    if any(argument.startswith('--init_from=') for argument in arguments):
+        from transformers import AutoConfig, GPT2LMHeadModel  # noqa: F401
 
 
 def check(folder, name, prepare, script, arguments, words, env=None):
     if prepare:
         prepare(folder)
-    where = copy_scripts(folder) if script.startswith('data/') else REPO
+    where = copy_scripts(folder / 'copied') if script.startswith('data/') else REPO
     before = files_in(folder)
+    preload(arguments)
     result = run_forked(where / script, *arguments, cwd=folder, **(env or {}))
     assert result.returncode == 2, f'{result.stdout}\n{result.stderr}'
     assert 'Traceback' not in result.stdout + result.stderr
@@ -463,7 +479,7 @@ def trained(tmp_path_factory):
     """A workspace in which train.py has made 8 updates; cases get a copy of it."""
     workspace = tmp_path_factory.mktemp('trained')
     write_data(workspace / 'data' / 'tiny')
-    run_ok('train.py', *TINY, cwd=workspace)
+    run_forked_ok('train.py', *TINY, cwd=workspace)
     assert (workspace / 'out' / OPTIMIZER).exists() and (workspace / 'out' / 'ckpt_best.pt').exists()
     return workspace
 
@@ -476,6 +492,28 @@ def test_mistakes(workspace, case):
 @pytest.mark.parametrize('case', TRAINED, ids=lambda case: case[0])
 def test_mistakes_with_a_run(trained, tmp_path, case):
     check(shutil.copytree(trained, tmp_path / 'copy'), *case)
+
+
+def check_two_ranks(folder, name, prepare, script, arguments, words, env=None):
+    """Two ranks say what one says: at least one of them, and none anything else."""
+    if prepare:
+        prepare(folder)
+    preload(arguments)
+    results = run_forked_ranks(2, script, *arguments, cwd=folder)
+    errors = [line for result in results for line in result.stderr.splitlines() if line.startswith('error')]
+    errors = [line for line in errors if 'connection to another rank' not in line and 'cannot connect the ranks' not in line]
+    assert errors and all(words in line for line in errors), [result.stderr for result in results]
+    assert all(result.returncode in (2, -signal.SIGKILL) and 'Traceback' not in result.stdout + result.stderr for result in results)
+
+
+@pytest.mark.parametrize('case', [case for case in FRESH if case[2] == 'train.py' and len(case) == 5], ids=lambda case: case[0])
+def test_mistakes_on_two_ranks(workspace, case):
+    check_two_ranks(workspace, *case)
+
+
+@pytest.mark.parametrize('case', [case for case in TRAINED if case[2] == 'train.py' and len(case) == 5], ids=lambda case: case[0])
+def test_mistakes_with_a_run_on_two_ranks(trained, tmp_path, case):
+    check_two_ranks(shutil.copytree(trained, tmp_path / 'copy'), *case)
 
 
 def test_no_consent_to_code(workspace):
@@ -491,7 +529,7 @@ def test_no_consent_to_code(workspace):
 
 def test_diverging(workspace):
     """A learning rate far too high ends the run in one line, too, and nothing broken is saved."""
-    result = run('train.py', *TINY, '--learning_rate=1e30', '--min_lr=1e30', cwd=workspace)
+    result = run_forked('train.py', *TINY, '--learning_rate=1e30', '--min_lr=1e30', cwd=workspace)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert 'lower --learning_rate' in result.stderr
     assert torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 0

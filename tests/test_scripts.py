@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, REPO, SHARED, TINY, environment, run, run_forked_ok, run_ok
+from conftest import CHARS, REPO, SHARED, TINY, environment, run, run_forked, run_forked_ok, run_ok
 
 from dataloader import Tokens, read_meta
 from model import GPT, GPTConfig
@@ -29,7 +30,7 @@ def trained(tmp_path_factory):
     from conftest import write_data
     folder = tmp_path_factory.mktemp('trained')
     write_data(folder / 'data' / 'tiny')
-    run_ok('train.py', *TINY, cwd=folder)
+    run_forked_ok('train.py', *TINY, cwd=folder)
     return folder
 
 
@@ -97,6 +98,7 @@ def test_streaming_shows_the_same(trained, tmp_path):
     assert samples(run_forked_ok('sample.py', *arguments, '--max_new_tokens=0', '--start=ab', cwd=tmp_path)) == ['ab'] * 5
 
 
+@pytest.mark.slow
 def test_compiled_drawing(trained, tmp_path):
     """The same text, and one compilation for all tokens: a recompilation would be an error."""
     arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=3', '--batch_size=2', '--max_new_tokens=40', '--stop=z')
@@ -106,12 +108,13 @@ def test_compiled_drawing(trained, tmp_path):
         assert 'ecompil' not in compiled.stderr, compiled.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_found_out_before_drawing(trained, tmp_path):
     """Also where the first tokens are not drawn by what is compiled: those after a prompt of several, and of a text that ends at once."""
     start, without = CHARS[:3], {'CXX': '/nowhere/c++', 'PATH': '/nowhere', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
     arguments = (f'--out_dir={trained / "out"}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5', f'--start={start}')
     for stops in ([], [f'--stop={character}' for character in CHARS]):
-        result = run('sample.py', *arguments, *stops, '--compile=True', cwd=tmp_path, **without)
+        result = run_forked('sample.py', *arguments, *stops, '--compile=True', cwd=tmp_path, **without)
         assert result.returncode == 0 and result.stdout == run_forked_ok('sample.py', *arguments, *stops, cwd=tmp_path)
         assert result.stderr.startswith('warning: torch') and result.stderr.count('\n') == 1, result.stderr
 
@@ -167,48 +170,88 @@ def test_sampling_from_hugging_face_with_its_own_tokenizer(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=320, bos_token_id=0, eos_token_id=0))
     model.save_pretrained(tmp_path / 'hf')
     bpe.save(str(tmp_path / 'hf' / 'tokenizer.json'))
-    text, = samples(run_ok('sample.py', '--init_from=hf', '--start=hello', '--num_samples=1', '--max_new_tokens=10', '--temperature=0',
-                           '--device=cpu', cwd=tmp_path))
+    text, = samples(run_forked_ok('sample.py', '--init_from=hf', '--start=hello', '--num_samples=1', '--max_new_tokens=10',
+                                  '--temperature=0', '--device=cpu', cwd=tmp_path))
     ids = torch.tensor([bpe.encode('hello').ids])
     logits_end = bpe.get_vocab_size()  # the model's last 60 ids stand for nothing and must not be drawn
     for _ in range(10):
         ids = torch.cat((ids, model.eval()(ids).logits[:, -1:, :logits_end].argmax(-1)), dim=1)
     assert text == bpe.decode(ids[0].tolist())
-    result = run('sample.py', '--init_from=gpt2', '--device=cpu', cwd=tmp_path)  # HF_HUB_OFFLINE, and an empty cache
+    result = run_forked('sample.py', '--init_from=gpt2', '--device=cpu', cwd=tmp_path)  # HF_HUB_OFFLINE, and an empty cache
     assert result.returncode in (0, 2) and result.stderr.count('\n') == (result.returncode == 2)
+
+
+def test_a_tokenizer_that_knows_more_than_its_model(copy):
+    """A [PAD] was added to the tokenizer, the embeddings were not resized: sampled from, its own text prepared, fine-tuned, and sampled
+    from again, as if the token were not there; where it is asked for, that is an error. Another vocabulary of the same size is refused."""
+    import tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel
+    text = 'the quick brown fox jumps over the lazy dog. ' * 60
+
+    def save(name, words, extra):
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        bpe.train_from_iterator(words, vocab_size=270, show_progress=False, special_tokens=['<|endoftext|>'])
+        torch.manual_seed(0)
+        n = bpe.get_vocab_size()
+        GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=n, bos_token_id=0,
+                                   eos_token_id=0)).save_pretrained(copy / name)
+        bpe.add_special_tokens(extra)
+        bpe.save(str(copy / name / 'tokenizer.json'))
+        return n
+
+    n = save('hf', ['the quick brown fox'], ['[PAD]'])
+    assert save('other', ['sphinx of black quartz'], []) == n
+    sample = ['--num_samples=2', '--max_new_tokens=30', '--device=cpu', '--temperature=5', '--json=True', '--ignore_eos=True']
+    records = objects(run_forked_ok(copy / 'sample.py', '--init_from=hf', '--start=the', *sample, cwd=copy))
+    assert all(len(record['token_ids']) == 30 and max(record['token_ids']) < n for record in records)
+    result = run_forked(copy / 'sample.py', '--init_from=hf', '--start=the[PAD]', *sample, cwd=copy)
+    assert result.returncode == 2 and "no token '[PAD]'" in result.stderr
+    (copy / 'fox.txt').write_text(text)
+    run_forked_ok(copy / 'data/text/prepare.py', '--input=fox.txt', '--tokenizer=hf', '--workers=1', cwd=copy)
+    train = ['--dataset=text/fox', '--device=cpu', '--compile=False', '--batch_size=2', '--gradient_accumulation_steps=1',
+             '--eval_iters=2', '--max_iters=3', '--decay_lr=False', '--learning_rate=1e-2']
+    run_forked_ok(copy / 'train.py', *train, '--init_from=hf', '--block_size=32', cwd=copy)
+    saved = torch.load(copy / 'out' / 'ckpt.pt', weights_only=True)
+    assert saved['tokenizer']['kind'] == 'tokenizers' and saved['model_args']['vocab_size'] == n
+    assert all(max(record['token_ids']) < n for record in objects(run_forked_ok(copy / 'sample.py', '--start=the', *sample, cwd=copy)))
+    assert 'bits per byte' in run_forked_ok(copy / 'evaluate.py', '--device=cpu', cwd=copy)
+    result = run_forked(copy / 'train.py', *train, '--init_from=other', '--block_size=32', '--out_dir=o', cwd=copy)
+    assert result.returncode == 2 and 'other was trained with another tokenizer than that of data' in result.stderr
 
 
 @pytest.mark.parametrize('real', [True, False])
 def test_bench(workspace, real):
     shape = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--vocab_size=64', '--device=cpu',
-             '--compile=False', '--max_iters=3', '--dataset=tiny', f'--real_data={real}']
-    output = run_ok('bench.py', *shape, f'--profile={real}', cwd=workspace)
+             '--compile=False', '--steps=3', '--dataset=tiny', f'--real_data={real}']
+    output = (run_ok if real else run_forked_ok)('bench.py', *shape, f'--profile={real}', cwd=workspace)
     assert 'tokens/s' in output and 'mfu unknown' in output and 'peak memory' in output and 'time per step: median' in output
     if real:
         assert 'aten::' in output and json.loads((workspace / 'trace.json').read_text())['traceEvents']
     else:
-        assert 'not prepared' in run_ok('bench.py', *shape, '--real_data=True', '--dataset=absent', cwd=workspace)
+        assert 'not prepared' in run_forked_ok('bench.py', *shape, '--real_data=True', '--dataset=absent', cwd=workspace)
         modern = ['--pos=rope', '--norm=rmsnorm', '--mlp=relu2', '--qk_norm=True', '--optimizer=muon']
         output = run_forked_ok('bench.py', *shape, *modern, '--baseline=eager', cwd=workspace)
         assert 'eager time per step' in output and 'of the time of eager' in output and output.count('GFLOP/s') == 2
 
 
+@pytest.mark.slow
 def test_speedrun(workspace):
     recipe = workspace / 'recipe.py'
     recipe.write_text('\n'.join(f'{key} = {value!r}' for key, value in dict(
         dataset='tiny', device='cpu', compile=False, n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4,
         gradient_accumulation_steps=1, eval_interval=4, max_iters=12, learning_rate=1e-4, warmup_iters=2, lr_decay_iters=12).items()))
-    output = run_ok('speedrun.py', '--baseline=recipe.py', '--contender=recipe.py --learning_rate=1e-2 --max_iters=20', '--target=3.25',
-                    '--seeds=2', cwd=workspace)
+    output = run_forked_ok('speedrun.py', '--baseline=recipe.py', '--contender=recipe.py --learning_rate=1e-2 --max_iters=20',
+                           '--target=3.25', '--seeds=2', cwd=workspace)
     assert 'baseline, recipe.py: 0 of 2 at 3.25' in output and 'contender, recipe.py --learning_rate=1e-2 --max_iters=20: 2 of 2' in output
     assert output.count('time of the contender over that of the baseline') == 2
     assert (workspace / 'out-speedrun' / 'speedrun.png').read_bytes().startswith(b'\x89PNG')
     for arguments, words in ((['--target=9'], '--target=9.0: recipe.py is there before its first update'),
                              (['--baseline=recipe.py --eval_only=True'], 'trained nothing')):
-        result = run('speedrun.py', '--baseline=recipe.py', '--contender=recipe.py', '--seeds=1', *arguments, cwd=workspace)
+        result = run_forked('speedrun.py', '--baseline=recipe.py', '--contender=recipe.py', '--seeds=1', *arguments, cwd=workspace)
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('baseline', ['recompute', 'transformers'])
 def test_bench_of_decoding(tmp_path, baseline):
     shape = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--vocab_size=64', '--device=cpu', '--prompt_tokens=6',
@@ -227,8 +270,37 @@ def test_plot(trained, tmp_path, x):
     png = tmp_path / 'loss.png'
     with open(trained / 'out' / 'metrics.jsonl', 'a', encoding='utf-8') as file:
         file.write('{"iter": 9, "lo')  # as a crash leaves it
-    run_ok('plot.py', f'--runs={trained / "out"},{trained / "out"}', f'--output={png}', f'--x={x}', cwd=tmp_path)
+    run_forked_ok('plot.py', f'--runs={trained / "out"},{trained / "out"}', f'--output={png}', f'--x={x}', cwd=tmp_path)
     assert png.read_bytes().startswith(b'\x89PNG')
+
+
+def test_every_run_is_in_the_legend(trained, tmp_path, monkeypatch):
+    """Whatever its folder is called: mathematics between dollars, and a name that matplotlib would leave out."""
+    for name in ('a$_$', '_run', 'x\\frac'):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / 'out' / 'metrics.jsonl', tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.sys, 'argv', ['plot.py', '--runs=a$_$,_run,x\\frac', '--output=p.png'])
+    monkeypatch.setattr(os.sys, 'excepthook', os.sys.excepthook)
+    labels = [text.get_text() for text in runpy.run_path(str(REPO / 'plot.py'))['axes'].get_legend().get_texts()]
+    assert len(labels) == 9 and all(sum(label.endswith(f', {name}') for label in labels) == 3 for name in ('a$_$', '_run', 'x\\frac'))
+
+
+def test_json_in_any_code_page(trained, tmp_path):
+    """Whatever encoding standard output has, every line is valid JSON and nothing in it is lost."""
+    chars = 'naïve €東京\n'
+    state = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    state['tokenizer']['chars'] = chars + ''.join(c for c in CHARS if c not in chars)
+    state['tokenizer']['chars'] = state['tokenizer']['chars'][:len(CHARS)]
+    torch.save(state, tmp_path / 'ckpt.pt')
+    rows = []
+    for encoding in ('utf-8', 'cp1252', 'ascii'):
+        command = [os.sys.executable, str(REPO / 'sample.py'), f'--out_dir={tmp_path}', *SAMPLE, '--start=naïve 東', '--json=True']
+        result = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONIOENCODING=encoding), capture_output=True)
+        assert result.returncode == 0, result.stderr
+        rows.append([json.loads(line) for line in result.stdout.decode('utf-8').splitlines()])
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 3 and rows[0][0]['prompt'] == 'naïve 東'
+    assert all(set(row['text']) <= set(chars + CHARS) for row in rows[0])
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -348,6 +420,7 @@ def test_download(tmp_path, monkeypatch):
 
 # --- quickstart -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_quickstart(copy):
     """With the packages of the running Python in place of an installation: trains on a text, and the second time goes on."""
     (copy / '.venv' / 'bin').mkdir(parents=True)
@@ -377,6 +450,6 @@ def test_an_untouched_model_has_the_shape_of_the_defaults():
                   if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
         for field in dataclasses.fields(GPTConfig):
             if field.name not in ('vocab_size', 'bias'):  # train.py takes the data's; nanoGPT trains without biases
-                assert values[field.name] == field.default, f'{script}: {field.name}'
+                assert values.get(field.name, field.default) == field.default, f'{script}: {field.name}'
     with torch.device('meta'):
         assert GPT(GPTConfig()).num_params() > 123e6
