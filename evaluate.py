@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from configurator import UserError, configure, require, user_errors, warn
+from configurator import UserError, configure, require, user_errors
 from dataloader import Tokens, dataset_name, eval_batches, read_meta
 from origin import open_model
 from packing import pack
@@ -62,7 +62,7 @@ try:
     token_bytes = load_tokenizer(spec).token_bytes() if spec else None
 except UserError as error:  # without the vocabulary there is still a loss
     token_bytes = None
-    warn(f'no bits per byte: {error}')
+    print(f'no bits per byte: {error}')
 total, count, n_bytes = 0.0, 0, 0
 with torch.inference_mode(), autocast(device, dtype):
     for x, y in eval_batches(tokens, block_size, batch_size, eval_iters or len(tokens), Ranks(), device):
