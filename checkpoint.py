@@ -144,7 +144,7 @@ def plain(value):
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value)) if type(value) in (list, tuple) else [plain(item) for item in value]
+        return (tuple if isinstance(value, tuple) else list)(map(plain, value))
     return value if isinstance(value, (int, float, str, type(None))) else one_line(repr(value), 100)
 
 

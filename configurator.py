@@ -23,7 +23,7 @@ from types import ModuleType
 
 SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 ROOT = os.path.dirname(os.path.abspath(__file__))
-READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe; of a terminal that was closed
+READER_GONE = {errno.EPIPE, errno.EIO} | ({errno.EINVAL} if sys.platform == 'win32' else set())  # of a pipe or of a closed terminal
 
 ends_at_once = False  # see leave_at_once
 

@@ -64,7 +64,9 @@ def lock_folder(folder):
     locking once. Where there are no locks (some network disks), every process gets the folder. OSError if the file cannot be written.
     """
     path = os.path.realpath(os.path.join(folder, LOCK))
+    tries = 10  # bounded: a file system may number a file anew each time it is asked
     while path not in held:
+        tries -= 1
         file = open(path, 'a+b')
         try:
             if sys.platform == 'win32':
@@ -79,7 +81,7 @@ def lock_folder(folder):
             return False
         except (OSError, ImportError):
             pass  # a disk, or a system, without locks
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+        if not tries or os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             held[path] = file
         else:
             file.close()  # its last holder has just removed it: once more

@@ -109,6 +109,13 @@ def test_locks_of_windows(tmp_path, monkeypatch):
     assert not files.lock_folder(str(tmp_path))
 
 
+def test_a_disk_that_numbers_files_anew(tmp_path, monkeypatch):
+    """Which makes an open file look like another one: the folder is held all the same."""
+    monkeypatch.setattr(files, 'held', {})
+    monkeypatch.setattr(os.path, 'samestat', lambda *_: False)
+    assert files.lock_folder(str(tmp_path)) and files.held
+
+
 def test_a_disk_without_locks(tmp_path, monkeypatch):
     import fcntl
     monkeypatch.setattr(files, 'held', {})
