@@ -1,13 +1,14 @@
 """Time a training step, or the drawing of text.
 
-    python bench.py                                                    a step of GPT-2 124M at block 1024, batch 12
-    python bench.py --profile=True                                     and which operators cost most, with a trace to look at
-    python bench.py --baseline=eager                                   in turns with the plain step: neither compiled nor by oneDNN
-    python bench.py config/train_shakespeare_char.py                   a step of a recipe's model, of one micro-batch
-    python bench.py --mode=decode                                      tokens a second of GPT-2 124M, one text and ten at once
-    python bench.py --mode=decode --baseline=transformers              and in turns with Hugging Face's generate()
-    python bench.py --mode=decode --quantize=int8
+python bench.py                                                    a step of GPT-2 124M at block 1024, batch 12
+python bench.py --profile=True                                     and which operators cost most, with a trace to look at
+python bench.py --baseline=eager                                   in turns with the plain step: neither compiled nor by oneDNN
+python bench.py config/train_shakespeare_char.py                   a step of a recipe's model, of one micro-batch
+python bench.py --mode=decode                                      tokens a second of GPT-2 124M, one text and ten at once
+python bench.py --mode=decode --baseline=transformers              and in turns with Hugging Face's generate()
+python bench.py --mode=decode --quantize=int8
 """
+
 import copy
 import dataclasses
 import math
@@ -64,9 +65,15 @@ quantize = ''  # decode: 'int8': 8-bit weights on a CPU
 baseline = ''  # also time, train: 'eager', the plain step; decode: 'transformers', Hugging Face's, or 'recompute', without a cache
 config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file',))
 
-require(config, lambda v: v in ('train', 'decode'), 'train or decode; whole runs to a loss are timed by speedrun.py', 'mode')
-require(config, lambda v: v in (('', 'eager') if mode == 'train' else ('', 'transformers', 'recompute')),
-        'eager' if mode == 'train' else 'transformers or recompute', 'baseline')
+require(
+    config, lambda v: v in ('train', 'decode'), 'train or decode; whole runs to a loss are timed by speedrun.py', 'mode'
+)
+require(
+    config,
+    lambda v: v in (('', 'eager') if mode == 'train' else ('', 'transformers', 'recompute')),
+    'eager' if mode == 'train' else 'transformers or recompute',
+    'baseline',
+)
 require(config, lambda v: v in OPTIMIZERS, ' or '.join(OPTIMIZERS), 'optimizer')
 require(config, lambda v: v >= 1, 'at least 1', 'batch_size', 'block_size', 'steps', 'rounds')
 require(config, lambda v: 1 <= v < 2**31, 'from 1 to 2,147,483,647', 'vocab_size')
@@ -77,12 +84,16 @@ for key in ('profile',) if mode == 'decode' else ('quantize',):
     if config[key]:
         raise UserError(f'--{key}={config[key]}: has no meaning with --mode={mode}')
 if baseline == 'transformers' and prompt_tokens + max_new_tokens > config['block_size']:
-    raise UserError(f'--baseline=transformers: has no room for {prompt_tokens} + {max_new_tokens} tokens in '
-                    f'--block_size={config["block_size"]}')
+    raise UserError(
+        f'--baseline=transformers: has no room for {prompt_tokens} + {max_new_tokens} tokens in '
+        f'--block_size={config["block_size"]}'
+    )
 require(config, lambda v: 0 <= v < math.inf, '0 or more', 'warmup_steps', 'max_seconds', 'seed')
 if config.recipe['init_from'] not in ('scratch', 'resume', 'auto') and 'n_layer' not in config.given:
-    raise UserError(f'the recipe starts from {config.recipe["init_from"]} and does not tell its shape: give it, by --n_layer=, --n_head= '
-                    'and --n_embd=')
+    raise UserError(
+        f'the recipe starts from {config.recipe["init_from"]} and does not tell its shape: give it, by --n_layer=, --n_head= '
+        'and --n_embd='
+    )
 data_dir = os.path.join('data', dataset_name(dataset))
 has_data = real_data and any(os.path.exists(os.path.join(data_dir, name)) for name in ('train.bin', 'train_000.bin'))
 meta = read_meta(data_dir) if has_data else {}
@@ -92,7 +103,9 @@ if has_data and 'vocab_size' not in config.given:  # that of the model that trai
         n_ids = spec_vocab_size(spec) if spec else meta['nanogpt']['vocab_size']
         config['vocab_size'] = model_vocab_size(spec, n_ids, config.recipe['vocab_multiple'])
 with user_errors(ValueError):
-    model_config = GPTConfig(**{field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config})
+    model_config = GPTConfig(
+        **{field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config}
+    )
 block_size, vocab_size = model_config.block_size, model_config.vocab_size
 
 
@@ -118,35 +131,50 @@ def bench_training(device, dtype):
 
     for n in range(warmup_steps):
         for name in runs:
-            print(f'warm-up {n + 1}/{warmup_steps}: {f"{name} " if name else ""}loss {time_step(name)[0]:.4f}', flush=True)
+            print(
+                f'warm-up {n + 1}/{warmup_steps}: {f"{name} " if name else ""}loss {time_step(name)[0]:.4f}', flush=True
+            )
     times = {name: [] for name in runs}
     while len(times['']) < steps and (not times[''] or sum(map(sum, times.values())) < max_seconds):
         for name in runs:
             loss, seconds = time_step(name)
             times[name].append(seconds)
-            print(f'{len(times[name])}/{steps}: {f"{name} " if name else ""}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
+            print(
+                f'{len(times[name])}/{steps}: {f"{name} " if name else ""}loss {loss:.4f}, time {1000 * seconds:.2f}ms',
+                flush=True,
+            )
 
     tokens, flops = batch_size * block_size, runs[''].flops
     device_peak = peak_flops(device, dtype)
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        print(f'{name + " " if name else ""}time per step: median {1000 * median:.2f}ms, from {1000 * min(seconds):.2f} to '
-              f'{1000 * max(seconds):.2f} over {len(seconds)} steps')
+        print(
+            f'{name + " " if name else ""}time per step: median {1000 * median:.2f}ms, from {1000 * min(seconds):.2f} to '
+            f'{1000 * max(seconds):.2f} over {len(seconds)} steps'
+        )
         mfu = f'{100 * flops / median / device_peak:.1f}%' if device_peak else 'unknown'
-        print(f'{tokens / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, mfu {mfu}, '
-              f'peak memory {in_mib(peak_memory(device))}{" of both" if baseline else ""}')
+        print(
+            f'{tokens / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+            f'peak memory {in_mib(peak_memory(device))}{" of both" if baseline else ""}'
+        )
     if baseline:
         ratios = sorted(a / b for a, b in zip(times[''], times[baseline]))
-        print(f'{statistics.median(ratios):.2f} of the time of {baseline} (the middle half of the turns: {ratios[len(ratios) // 4]:.2f} to '
-              f'{ratios[3 * len(ratios) // 4]:.2f})')
-    if device.type == 'cpu':  # no data sheet tells its peak: a large product stands for it, by each library that multiplies
+        print(
+            f'{statistics.median(ratios):.2f} of the time of {baseline} (the middle half of the turns: {ratios[len(ratios) // 4]:.2f} to '
+            f'{ratios[3 * len(ratios) // 4]:.2f})'
+        )
+    if (
+        device.type == 'cpu'
+    ):  # no data sheet tells its peak: a large product stands for it, by each library that multiplies
         with torch_products():
             peaks = {'torch itself': product_flops(device, dtype)}
         if by_onednn and dtype == torch.float32:  # all else is oneDNN's anyway
             peaks['oneDNN'] = product_flops(device, dtype)
         for name, seconds in times.items():
-            shares = ', '.join(f'{100 * flops / statistics.median(seconds) / peak:.0f}% of the {peak / 1e9:.0f} by {library}'
-                               for library, peak in peaks.items())
+            shares = ', '.join(
+                f'{100 * flops / statistics.median(seconds) / peak:.0f}% of the {peak / 1e9:.0f} by {library}'
+                for library, peak in peaks.items()
+            )
             print(f'{name + ": " if name else ""}of the GFLOP/s of a product of 2048 x 2048 matrices: {shares}')
     if profile:
         write_profile(device, lambda: runs[''](next_batch()))
@@ -171,8 +199,10 @@ def make_step(device, dtype, compiled):
         return loss.item()
 
     step.flops = model.flops_per_token() * batch_size * block_size
-    print(f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}',
-          flush=True)
+    print(
+        f'{model.num_params():,} parameters, batch {batch_size} x {block_size}, {device.type}, {str(dtype).removeprefix("torch.")}',
+        flush=True,
+    )
     if compiled:
         print('compiling ...', flush=True)
         start = time.perf_counter()
@@ -195,6 +225,7 @@ def product_flops(device, dtype):
         start = time.perf_counter()
         a @ b
         return time.perf_counter() - start
+
     times = []
     while len(times) < 2 or sum(times) < 0.5:
         times.append(seconds())
@@ -214,7 +245,9 @@ def make_batches(device):
 
 def write_profile(device, step):
     """Profile three calls of step: print the costliest operators, write the trace."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == 'cuda')
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+        device.type == 'cuda'
+    )
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(3):
             step()
@@ -245,8 +278,11 @@ def bench_decoding(device, dtype):
     else:
         width = 4
     keep_memory(device)
-    print(f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
-          f'{device.type}, {quantize or str(dtype).removeprefix("torch.")}', flush=True)
+    print(
+        f'{parameters:,} parameters in matrices of {width} bytes each, prompt {prompt_tokens}, {max_new_tokens} new tokens, '
+        f'{device.type}, {quantize or str(dtype).removeprefix("torch.")}',
+        flush=True,
+    )
 
     contexts = {}  # by batch size: what is compiled keeps its addresses from round to round
 
@@ -259,7 +295,9 @@ def bench_decoding(device, dtype):
                 contexts[n] = Context(model, n, block_size, static=True)
             elif static:
                 contexts[n].forget()
-            tokens = generate(model, samples, max_new_tokens, Sampling(temperature=0), context=contexts.get(n), static=static)
+            tokens = generate(
+                model, samples, max_new_tokens, Sampling(temperature=0), context=contexts.get(n), static=static
+            )
             next(tokens)
             first = time.perf_counter() - start
             for _ in tokens:
@@ -292,9 +330,15 @@ def bench_decoding(device, dtype):
         if n < 0:
             continue
         bandwidths.append(bandwidth)
-        print(f'round {n + 1}/{rounds}: ' + ', '.join(
-            f'{name + " " if name else ""}batch {size} {size * max_new_tokens / times[-1][1]:.1f} tokens/s'
-            for (name, size), times in runs.items()) + f', memory {bandwidth / 1e9:.1f} GB/s', flush=True)
+        print(
+            f'round {n + 1}/{rounds}: '
+            + ', '.join(
+                f'{name + " " if name else ""}batch {size} {size * max_new_tokens / times[-1][1]:.1f} tokens/s'
+                for (name, size), times in runs.items()
+            )
+            + f', memory {bandwidth / 1e9:.1f} GB/s',
+            flush=True,
+        )
 
     bandwidth = statistics.median(bandwidths)
     for (name, size), times in runs.items():
@@ -305,19 +349,27 @@ def bench_decoding(device, dtype):
             after = size * (max_new_tokens - 1) / (total - first)
             line += f', {after:.1f} after the first, which comes after {1000 * first:.0f}ms ({prompt_tokens / first:,.0f} prompt tokens/s)'
         if not name:
-            lengths = [n - window_start(n, block_size) for n in range(prompt_tokens + 1, prompt_tokens + max_new_tokens)]
+            lengths = [
+                n - window_start(n, block_size) for n in range(prompt_tokens + 1, prompt_tokens + max_new_tokens)
+            ]
             width_kv = model_config.n_embd // model_config.n_head * model_config.kv_heads
-            cached = 2 * model_config.n_layer * width_kv * dtype.itemsize * sum(lengths) / len(lengths)  # bytes a text, on average
+            cached = (
+                2 * model_config.n_layer * width_kv * dtype.itemsize * sum(lengths) / len(lengths)
+            )  # bytes a text, on average
             limit = size * bandwidth / (parameters * width + size * cached)
             line += f', {100 * after / limit:.0f}% of the {limit:.1f} that memory allows'
         print(line)
     for size in dict.fromkeys((1, num_samples)):
         ours, theirs = (statistics.median(total for _, total in runs[name, size]) for name in ('', baseline))
         if baseline:
-            print(f'batch {size}: {theirs / ours:.2f} times as fast as {baseline}, '
-                  f'{"the same tokens" if ids["", size] == ids[baseline, size] else "other tokens"}')
-    print(f'memory reads {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})'
-          + (f', peak memory {in_mib(memory)}' if memory else ''))
+            print(
+                f'batch {size}: {theirs / ours:.2f} times as fast as {baseline}, '
+                f'{"the same tokens" if ids["", size] == ids[baseline, size] else "other tokens"}'
+            )
+    print(
+        f'memory reads {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})'
+        + (f', peak memory {in_mib(memory)}' if memory else '')
+    )
 
 
 def make_rival(model, device, dtype):
@@ -331,11 +383,14 @@ def make_rival(model, device, dtype):
                 idx = torch.tensor([prompt], device=device)
                 with torch.no_grad(), autocast(device, dtype):
                     for _ in range(max_new_tokens):
-                        logits = plain.logits(plain.hidden(idx[:, -block_size:])[:, -1])  # all of every layer, as nanoGPT does
+                        logits = plain.logits(
+                            plain.hidden(idx[:, -block_size:])[:, -1]
+                        )  # all of every layer, as nanoGPT does
                         idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
                         firsts.append(time.perf_counter() - start)
-            ids = idx[0, len(prompt):].tolist()
+            ids = idx[0, len(prompt) :].tolist()
             return firsts[0], time.perf_counter() - start, ids
+
         return draw
     hf_model = to_hugging_face(model).to(device, dtype)
 
@@ -343,10 +398,17 @@ def make_rival(model, device, dtype):
         start = time.perf_counter()
         idx = torch.tensor([prompt] * n, device=device)
         with torch.no_grad():
-            out = hf_model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens,
-                                    do_sample=False, pad_token_id=0)
-        ids = out[0, len(prompt):].tolist()
+            out = hf_model.generate(
+                idx,
+                attention_mask=torch.ones_like(idx),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        ids = out[0, len(prompt) :].tolist()
         return math.nan, time.perf_counter() - start, ids
+
     return draw_hf
 
 

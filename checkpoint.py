@@ -7,6 +7,7 @@ In out_dir:
 Each file is written under another name, flushed to the disk and renamed. Renaming ckpt.pt is what commits a save: before
 it the previous save is whole, after it the new one is. Random state needs no saving, see runtime.seed_all.
 """
+
 import dataclasses
 import glob
 import math
@@ -30,13 +31,16 @@ NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_si
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
+
 def prepare_out_dir(out_dir):
     """Make out_dir, and hold it for this run until the process ends. UserError if it cannot be written to, or another run holds it: found
     out before training, not after."""
     with user_errors(OSError, where=f'cannot write to --out_dir={out_dir}: '):
         os.makedirs(out_dir, exist_ok=True)
         if not lock_folder(out_dir):
-            raise UserError(f'--out_dir={out_dir}: another run is writing there; wait for it, stop it, or choose another folder')
+            raise UserError(
+                f'--out_dir={out_dir}: another run is writing there; wait for it, stop it, or choose another folder'
+            )
 
 
 def has_run(out_dir):
@@ -57,7 +61,9 @@ def save_checkpoint(out_dir, state, optimizer_state, is_best):
     folder is gone; the previous save is then untouched.
     """
     name = f'ckpt_optimizer_{state["iter_num"]:08d}.pt'
-    with user_errors(OSError, RuntimeError, where=f'cannot save to {out_dir}, the save before this one is still whole: '):
+    with user_errors(
+        OSError, RuntimeError, where=f'cannot save to {out_dir}, the save before this one is still whole: '
+    ):
         write_atomically(os.path.join(out_dir, name), optimizer_state)
         if is_best:
             write_atomically(os.path.join(out_dir, BEST), state)
@@ -74,8 +80,12 @@ def set_aside(out_dir):
     Returns the folder, or None if there was no run. Files are linked first and removed after, so that a crash in between
     leaves the run whole in one place or the other.
     """
-    names = [name for name in os.listdir(out_dir) if os.path.isfile(os.path.join(out_dir, name))
-             and (name in (LATEST, BEST, 'metrics.jsonl') or name.startswith('ckpt_optimizer_'))]
+    names = [
+        name
+        for name in os.listdir(out_dir)
+        if os.path.isfile(os.path.join(out_dir, name))
+        and (name in (LATEST, BEST, 'metrics.jsonl') or name.startswith('ckpt_optimizer_'))
+    ]
     if not names:
         return None
     n = 1
@@ -119,8 +129,12 @@ def model_entry(model):
 
 # What a pickled numpy number, such as a best loss of numpy's, is made of: names that make numbers and nothing else
 SCALAR = np.float64().__reduce__()[0]
-NUMPY_NUMBERS = [(SCALAR, 'numpy.core.multiarray.scalar'), (SCALAR, 'numpy._core.multiarray.scalar'), np.dtype,
-                 *(type(np.dtype(kind)) for kind in '?bhilqBHILQefdg')]
+NUMPY_NUMBERS = [
+    (SCALAR, 'numpy.core.multiarray.scalar'),
+    (SCALAR, 'numpy._core.multiarray.scalar'),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in '?bhilqBHILQefdg'),
+]
 
 
 def load_data(path):
@@ -132,7 +146,9 @@ def load_data(path):
             warnings.simplefilter('ignore')  # of foreign pickles; what cannot be read ends in an error all the same
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip, pickle, key, index, memory: a broken file raises almost anything
-        reason = 'it holds code or foreign classes' if 'weights_only' in str(error).lower() else one_line(str(error), 120)
+        reason = (
+            'it holds code or foreign classes' if 'weights_only' in str(error).lower() else one_line(str(error), 120)
+        )
         raise UserError(f'{path} cannot be read as a checkpoint: {reason}; use another copy of it') from error
 
 
@@ -153,7 +169,9 @@ def load_checkpoint(path):
     checkpoint = load_data(path)
     wanted = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
     if isinstance(checkpoint, dict):
-        checkpoint.update({key: plain(value) for key, value in checkpoint.items() if key not in ('model', 'optimizer', 'tokenizer')})
+        checkpoint.update(
+            {key: plain(value) for key, value in checkpoint.items() if key not in ('model', 'optimizer', 'tokenizer')}
+        )
     for key, kind in wanted.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
@@ -171,15 +189,21 @@ def load_checkpoint(path):
             raise ValueError('its iter_num or best_iter counts no updates')
         if type(checkpoint['evaluated_at']) is not int:
             raise ValueError('its evaluated_at counts no updates')
-        if checkpoint['windows_taken'] is not None and not (type(checkpoint['windows_taken']) is int and 0 <= checkpoint['windows_taken']):
+        if checkpoint['windows_taken'] is not None and not (
+            type(checkpoint['windows_taken']) is int and 0 <= checkpoint['windows_taken']
+        ):
             raise ValueError('its windows_taken counts no windows')
         if not all(isinstance(name, str) for name in checkpoint['model']):
             raise ValueError('its weights have no names')
         if checkpoint.get('tokenizer') is not None:
             check_spec(checkpoint['tokenizer'])
-    weights = {name.replace('_orig_mod.', '').removeprefix('module.'): weight for name, weight in checkpoint['model'].items()}
+    weights = {
+        name.replace('_orig_mod.', '').removeprefix('module.'): weight for name, weight in checkpoint['model'].items()
+    }
     # nanoGPT's attention without flash keeps its causal mask as a buffer; here it needs none
-    checkpoint['model'] = {name: weight for name, weight in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    checkpoint['model'] = {
+        name: weight for name, weight in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))
+    }
     if 'mlp' in checkpoint:
         checkpoint['model_args']['mlp'] = checkpoint['mlp']
     return checkpoint
@@ -205,9 +229,15 @@ def restore_model(checkpoint, path, dropout=None):
         embedding, head = 'transformer.wte.weight', 'lm_head.weight'
         if args.get('tie_weights', True):  # a file may hold the one matrix once or twice
             if (head in weights) != (embedding in weights):
-                weights = {**weights, head: weights.get(head, weights.get(embedding)), embedding: weights.get(embedding, weights.get(head))}
+                weights = {
+                    **weights,
+                    head: weights.get(head, weights.get(embedding)),
+                    embedding: weights.get(embedding, weights.get(head)),
+                }
             elif head in weights and not torch.equal(weights[head].nan_to_num(), weights[embedding].nan_to_num()):
-                raise ValueError('the head differs from the embedding, so they are not the one matrix that tie_weights=True makes them')
+                raise ValueError(
+                    'the head differs from the embedding, so they are not the one matrix that tie_weights=True makes them'
+                )
         model = skeleton(GPTConfig(**args))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     model.tie_weights()
@@ -240,7 +270,9 @@ def load_optimizer_buffers(checkpoint, out_dir):
     else:
         name = checkpoint.get('optimizer_file')
         if not isinstance(name, str) or os.path.basename(name) != name:
-            raise UserError(f'{out_dir}/{LATEST} names no optimizer file, so it cannot be resumed: it is a {BEST}, or no {LATEST} of ours')
+            raise UserError(
+                f'{out_dir}/{LATEST} names no optimizer file, so it cannot be resumed: it is a {BEST}, or no {LATEST} of ours'
+            )
         saved = load_data(os.path.join(out_dir, name))
     optimizer = saved.get('optimizer') if isinstance(saved, dict) else None
     if not isinstance(optimizer, dict) or not {'state', 'param_groups'} <= optimizer.keys():

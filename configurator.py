@@ -8,6 +8,7 @@ so that `python train.py config/small.py --batch_size=32` first runs config/smal
 apply from left to right, the last one wins; a setting that is a tuple of texts grows by one with each `--key=text`, and
 `--key=` empties it. `--help` prints every setting with its default and its comment.
 """
+
 import ast
 import atexit
 import dataclasses
@@ -23,7 +24,9 @@ from types import ModuleType
 
 SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 ROOT = os.path.dirname(os.path.abspath(__file__))
-READER_GONE = {errno.EPIPE, errno.EIO} | ({errno.EINVAL} if sys.platform == 'win32' else set())  # of a pipe or of a closed terminal
+READER_GONE = {errno.EPIPE, errno.EIO} | (
+    {errno.EINVAL} if sys.platform == 'win32' else set()
+)  # of a pipe or of a closed terminal
 
 ends_at_once = False  # see leave_at_once
 
@@ -48,7 +51,7 @@ def user_errors(*kinds, where=''):
 def one_line(text, limit=300):
     """The text on one line, cut to `limit` characters."""
     text = ' '.join(text.split())
-    return text if len(text) <= limit else text[:limit - 3] + '...'
+    return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
 class Config(dict):
@@ -75,9 +78,13 @@ def configure(settings, argv=None, bare=None, paths=(), fields=None, recipe=None
     atexit.register(flush_output)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')  # a terminal that cannot show a character shows its number, and no traceback
+            stream.reconfigure(
+                errors='backslashreplace'
+            )  # a terminal that cannot show a character shows its number, and no traceback
     if fields:
-        settings.update({field.name: field.default for field in dataclasses.fields(fields) if field.name not in settings})
+        settings.update(
+            {field.name: field.default for field in dataclasses.fields(fields) if field.name not in settings}
+        )
     defaults = settings_in(settings)
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
@@ -97,13 +104,18 @@ def configure(settings, argv=None, bare=None, paths=(), fields=None, recipe=None
         given.update(assigned)
     values.update({key: os.path.expanduser(values[key]) for key in paths})
     settings.update(values)
-    return Config(values, given & defaults.keys(), {key: value for key, value in elsewhere.items() if key not in defaults})
+    return Config(
+        values, given & defaults.keys(), {key: value for key, value in elsewhere.items() if key not in defaults}
+    )
 
 
 def settings_in(namespace):
     """The names in a namespace that are settings: in lower case, and of a type that an argument can have -> {name: value}."""
-    return {key: value for key, value in namespace.items()
-            if type(value) in SETTING_TYPES and not key.startswith('_') and not key.isupper()}
+    return {
+        key: value
+        for key, value in namespace.items()
+        if type(value) in SETTING_TYPES and not key.startswith('_') and not key.isupper()
+    }
 
 
 def read_settings(path):
@@ -111,10 +123,16 @@ def read_settings(path):
     is run of it."""
     with open(path, encoding='utf-8') as file:
         body = ast.parse(file.read()).body
-    before = body[:next((n for n, node in enumerate(body) if 'configure(globals()' in ast.unparse(node)), len(body))]
+    before = body[: next((n for n, node in enumerate(body) if 'configure(globals()' in ast.unparse(node)), len(body))]
     namespace = {}
-    exec(compile(ast.Module([node for node in before if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))], []), path, 'exec'),
-         namespace)
+    exec(
+        compile(
+            ast.Module([node for node in before if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))], []),
+            path,
+            'exec',
+        ),
+        namespace,
+    )
     return settings_in(namespace)
 
 
@@ -136,7 +154,9 @@ def parse_argument(argument, defaults, values):
     if isinstance(defaults[key], tuple):
         return {key: values[key] + (text,) if text else ()}
     try:
-        value = int(text) if type(defaults[key]) is int and text.isdecimal() else ast.literal_eval(text)  # 007 is a number, too
+        value = (
+            int(text) if type(defaults[key]) is int and text.isdecimal() else ast.literal_eval(text)
+        )  # 007 is a number, too
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     return {key: check_type(key, value, defaults, argument)}
@@ -166,8 +186,12 @@ def run_config_file(path, namespace, defaults):
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {one_line(str(error))}') from error
     finally:
         sys.path.remove(folder)
-    imported = {alias.asname or alias.name.partition('.')[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
-                for alias in node.names}
+    imported = {
+        alias.asname or alias.name.partition('.')[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     behind = (key for key in defaults if namespace.get(key) is not before[key])  # assigned by way of globals()
     assigned = {}
     for key in dict.fromkeys((*recorder.assigned, *behind)):
@@ -189,7 +213,9 @@ def compile_config_file(path):
             tree = ast.parse(file.read(), path)
             return tree, compile(tree, path, 'exec')
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read the config file {path}: {getattr(error, "strerror", None) or error}{hint}') from error
+        raise UserError(
+            f'cannot read the config file {path}: {getattr(error, "strerror", None) or error}{hint}'
+        ) from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f'{path}, line {getattr(error, "lineno", "?")}: not valid Python: {error}') from error
 
@@ -216,14 +242,22 @@ def check_type(key, value, defaults, where):
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():
         return int(value)  # 6e5 updates
-    expected = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text in quotes',
-                tuple: 'a tuple of texts'}[type(default)]
+    expected = {
+        bool: 'True or False',
+        int: 'a whole number',
+        float: 'a number',
+        str: 'text in quotes',
+        tuple: 'a tuple of texts',
+    }[type(default)]
     raise UserError(f'{where}: {key} must be {expected}, not {value!r}')
 
 
 def print_help(settings, defaults, fields=None):
     """Print the script's docstring and every setting as `--key=default  comment`, read from its source, and from that of `fields`."""
-    comments = {**(read_comments(sys.modules[fields.__module__].__file__) if fields else {}), **read_comments(settings['__file__'])}
+    comments = {
+        **(read_comments(sys.modules[fields.__module__].__file__) if fields else {}),
+        **read_comments(settings['__file__']),
+    }
     print((settings.get('__doc__') or '').strip())
     print('\nSettings, given as --key=value or assigned in a config file:')
     for key, default in defaults.items():
@@ -234,12 +268,18 @@ def read_comments(path):
     """The comments at the end of a file's assignments, at the top and in its classes -> {name: comment}; of several, the first counts."""
     with open(path, encoding='utf-8') as file:
         source = file.read()
-    comments = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]: token.string.lstrip('# ')
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     body = ast.parse(source).body
     nodes = [*body, *(node for scope in body if isinstance(scope, ast.ClassDef) for node in scope.body)]
-    assigned = [(node.target if isinstance(node, ast.AnnAssign) else node.targets[0], node.end_lineno) for node in nodes
-                if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    assigned = [
+        (node.target if isinstance(node, ast.AnnAssign) else node.targets[0], node.end_lineno)
+        for node in nodes
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+    ]
     return {target.id: comments.get(line, '') for target, line in reversed(assigned) if isinstance(target, ast.Name)}
 
 
@@ -307,9 +347,15 @@ def report_uncaught(kind, error, traceback):
     text, place = str(error), ''
     if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         text = f'{error.filename or "the output"}: {error.strerror}; free some and try again'
-    elif issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and ('out of memory' in text or 'DefaultCPUAllocator' in text):
-        text = (f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
-                f'--num_samples, --max_new_tokens, --block_size or the size of the model ({one_line(text, 120)})')
+    elif (
+        issubclass(kind, MemoryError)
+        or issubclass(kind, RuntimeError)
+        and ('out of memory' in text or 'DefaultCPUAllocator' in text)
+    ):
+        text = (
+            f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
+            f'--num_samples, --max_new_tokens, --block_size or the size of the model ({one_line(text, 120)})'
+        )
         place = place_in_project(traceback)
     elif kind.__name__.startswith('Dist') or 'gloo' in text and issubclass(kind, RuntimeError):
         text = f'the connection to another rank was lost; if that one has ended, its own line says why ({one_line(text, 120)})'
@@ -324,7 +370,14 @@ def report_uncaught(kind, error, traceback):
     if os.environ.get('SAMGPT_TRACEBACK', '0') not in ('', '0'):
         sys.__excepthook__(kind, error, traceback)
     rank = os.environ.get('RANK', '0')
-    print('error: ' if rank == '0' else f'error (rank {rank}): ', one_line(text, limit=2000), place, sep='', file=sys.stderr, flush=True)
+    print(
+        'error: ' if rank == '0' else f'error (rank {rank}): ',
+        one_line(text, limit=2000),
+        place,
+        sep='',
+        file=sys.stderr,
+        flush=True,
+    )
     leave(2)  # raised inside the hook, this sets the exit status and still runs the atexit handlers
 
 

@@ -10,6 +10,7 @@ would be the whole data set. The system keeps in its cache what it has room for 
 Because the global batch of a step depends on nothing but the seed and the step, resuming has nothing to replay, and any
 number of ranks trains on the same tokens: each takes its own micro-batches of the same global batch.
 """
+
 import bisect
 import functools
 import glob
@@ -43,17 +44,26 @@ def read_meta(data_dir):
     vocab_size of the meta.json; {} if there is neither file. 'dtype' is there whenever the vocabulary needs uint32. Raises UserError if
     the folder is missing or a file cannot be trusted. Runs no code from them."""
     if not os.path.isdir(data_dir):
-        raise UserError(f'there is no data set {data_dir}: run python {data_dir}/prepare.py (data/*/readme.md describe those '
-                        'that come with SAMgpt), or check --dataset')
+        raise UserError(
+            f'there is no data set {data_dir}: run python {data_dir}/prepare.py (data/*/readme.md describe those '
+            'that come with SAMgpt), or check --dataset'
+        )
     meta, path = {}, os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
-        with user_errors(OSError, ValueError, RecursionError, where=f'{path} is not a data set description (prepare the data again): '):
+        with user_errors(
+            OSError,
+            ValueError,
+            RecursionError,
+            where=f'{path} is not a data set description (prepare the data again): ',
+        ):
             with open(path, encoding='utf-8-sig') as file:
                 meta = json.load(file)
             check_meta(meta)
     path = os.path.join(data_dir, 'meta.pkl')
     if 'tokenizer' not in meta and os.path.exists(path):
-        with user_errors(Exception, where=f'{path} is not a nanoGPT meta.pkl: '):  # a broken pickle raises almost anything
+        with user_errors(
+            Exception, where=f'{path} is not a nanoGPT meta.pkl: '
+        ):  # a broken pickle raises almost anything
             with open(path, 'rb') as file:
                 meta['nanogpt'] = unpickle(file.read())
     elif 'tokenizer' not in meta and 'vocab_size' in meta:
@@ -108,7 +118,9 @@ class WholeNumberType:
 
     def __init__(self, code, align=False, copy=True):
         if code not in ('i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8'):
-            raise pickle.UnpicklingError(f'it holds numbers of numpy type {one_line(repr(code), 40)}; only plain data is read')
+            raise pickle.UnpicklingError(
+                f'it holds numbers of numpy type {one_line(repr(code), 40)}; only plain data is read'
+            )
         self.signed, self.order = code[0] == 'i', 'little'
 
     def __setstate__(self, state):
@@ -121,8 +133,12 @@ def whole_number(kind, content):
 
 
 # what a pickle may ask to import, and what it gets instead
-PLAIN = {('numpy', 'dtype'): WholeNumberType, ('numpy.core.multiarray', 'scalar'): whole_number,
-         ('numpy._core.multiarray', 'scalar'): whole_number, ('collections', 'OrderedDict'): dict}
+PLAIN = {
+    ('numpy', 'dtype'): WholeNumberType,
+    ('numpy.core.multiarray', 'scalar'): whole_number,
+    ('numpy._core.multiarray', 'scalar'): whole_number,
+    ('collections', 'OrderedDict'): dict,
+}
 
 
 class Tokens:
@@ -136,14 +152,23 @@ class Tokens:
             raise UserError(f"{data_dir}/meta.json: 'dtype' is {one_line(repr(dtype), 40)}, must be uint16 or uint32")
         self.vocab_size = vocab_size
         self.name = os.path.join(data_dir, f'{split}.bin')
-        self.paths = [self.name] if os.path.exists(self.name) else sorted(
-            glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')), key=lambda path: (len(path), path))  # 1000 after 999
+        self.paths = (
+            [self.name]
+            if os.path.exists(self.name)
+            else sorted(
+                glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')), key=lambda path: (len(path), path)
+            )
+        )  # 1000 after 999
         if not self.paths:
             if os.path.isdir(os.path.join(data_dir, 'preparing')):
-                raise UserError(f'{self.name} is missing: its preparation is not finished, the command that began it goes on with it')
+                raise UserError(
+                    f'{self.name} is missing: its preparation is not finished, the command that began it goes on with it'
+                )
             raise UserError(f'{self.name} is missing: run python {data_dir}/prepare.py')
         self.dtype = np.dtype(dtype).newbyteorder('<')
-        self.ends = np.cumsum([shard_length(path, self.dtype) for path in self.paths]).tolist()  # of the shards, in the row
+        self.ends = np.cumsum(
+            [shard_length(path, self.dtype) for path in self.paths]
+        ).tolist()  # of the shards, in the row
         self.open_shard = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
         expected = meta.get('tokens', {}).get(split)
         if expected is None:
@@ -166,7 +191,7 @@ class Tokens:
         while len(row):
             n = bisect.bisect_right(self.ends, start)
             first = self.ends[n - 1] if n else 0
-            piece = row[:self.ends[n] - start]
+            piece = row[: self.ends[n] - start]
             file = self.open_shard(self.paths[n])
             file.seek((start - first) * row.itemsize)
             try:
@@ -175,24 +200,28 @@ class Tokens:
                 raise UserError(f'cannot read {file.name}: {error.strerror}') from error
             if n_bytes != piece.nbytes:
                 raise UserError(f'{file.name} has become shorter since it was opened: prepare the data again')
-            start, row = start + len(piece), row[len(piece):]
+            start, row = start + len(piece), row[len(piece) :]
 
     def check_width(self):
         """Raise UserError if every second id is 0, as in a file of wider ids than it was taken for. For where no sizes are told."""
-        ids = self[0:min(CHECKED_AT_ONCE, len(self))]
+        ids = self[0 : min(CHECKED_AT_ONCE, len(self))]
         if np.count_nonzero(ids) >= 64 and not ids[1::2].any():
-            raise UserError(f'{self.name}: every second id is 0, so they seem to be stored in more bytes than {self.dtype.name}: tell the '
-                            'right "dtype", uint16 or uint32, in meta.json, or, if this is right, "tokens": {"train": …, "val": …}, too')
+            raise UserError(
+                f'{self.name}: every second id is 0, so they seem to be stored in more bytes than {self.dtype.name}: tell the '
+                'right "dtype", uint16 or uint32, in meta.json, or, if this is right, "tokens": {"train": …, "val": …}, too'
+            )
 
     def check_ids(self):
         """Raise UserError if an id at or above vocab_size is found: in all of a split, or in MAX_IDS_CHECKED of a larger one."""
         stride = CHECKED_AT_ONCE * max(1, -(-len(self) // MAX_IDS_CHECKED))
         for start in range(0, len(self), stride):
-            largest = int(self[start:min(start + CHECKED_AT_ONCE, len(self))].max())
+            largest = int(self[start : min(start + CHECKED_AT_ONCE, len(self))].max())
             if largest >= self.vocab_size:
                 path = self.paths[bisect.bisect_right(self.ends, start)]
-                raise UserError(f'{path} holds the id {largest}, the vocabulary ends at {self.vocab_size - 1}: '
-                                'it was prepared with another tokenizer; prepare the data again')
+                raise UserError(
+                    f'{path} holds the id {largest}, the vocabulary ends at {self.vocab_size - 1}: '
+                    'it was prepared with another tokenizer; prepare the data again'
+                )
 
     def windows(self, starts, length):
         """Windows at the given offsets -> int64 array (len(starts), length). UserError for an id out of range."""
@@ -201,14 +230,18 @@ class Tokens:
             self.read(start, row)
         rows = rows.astype(np.int64)
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
-            raise UserError(f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: prepare the data again')
+            raise UserError(
+                f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: prepare the data again'
+            )
         return rows
 
     def require_window(self, block_size):
         """Raise UserError unless at least one window fits."""
         if len(self) <= block_size:
-            raise UserError(f'{self.name} holds {len(self)} tokens, too few for one window of block_size + 1 = {block_size + 1}: '
-                            f'lower --block_size or prepare more text')
+            raise UserError(
+                f'{self.name} holds {len(self)} tokens, too few for one window of block_size + 1 = {block_size + 1}: '
+                f'lower --block_size or prepare more text'
+            )
 
 
 def open_shard(path):
@@ -225,9 +258,11 @@ def shard_length(path, dtype):
             raise ValueError('it is empty; prepare the data again')
         with open_shard(path) as file:
             if file.read(6) == b'\x93NUMPY':
-                raise ValueError('it is a .npy file, not bare ids: write it by numpy\'s tofile')
+                raise ValueError("it is a .npy file, not bare ids: write it by numpy's tofile")
         if size % dtype.itemsize:
-            raise ValueError(f'{size} bytes are not a whole number of {dtype.name} ids, so it was cut short; prepare the data again')
+            raise ValueError(
+                f'{size} bytes are not a whole number of {dtype.name} ids, so it was cut short; prepare the data again'
+            )
     return size // dtype.itemsize
 
 
@@ -247,14 +282,29 @@ class TrainBatches:
     taken: windows that the run has taken before `step`, for one that had other batches until then; None: as these batches would have.
     """
 
-    def __init__(self, tokens, block_size, batch_size, micro_batches, seed, order, ranks, device, step=0, ramp=(0, 0), end_of_text=None,
-                 taken=None):
+    def __init__(
+        self,
+        tokens,
+        block_size,
+        batch_size,
+        micro_batches,
+        seed,
+        order,
+        ranks,
+        device,
+        step=0,
+        ramp=(0, 0),
+        end_of_text=None,
+        taken=None,
+    ):
         tokens.require_window(block_size)
         self.end_of_text = end_of_text
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.order, self.ranks, self.device = seed, order, ranks, device
         first, steps = ramp
-        self.ramp = [first + (micro_batches - first) * s // steps // first * first for s in range(steps)]  # micro-batches of each step
+        self.ramp = [
+            first + (micro_batches - first) * s // steps // first * first for s in range(steps)
+        ]  # micro-batches of each step
         self.ramp.append(micro_batches)  # and of all further ones
         self.ramp_starts = np.cumsum([0, *self.ramp])  # micro-batches before each step
         self.step, self.micro = step, ranks.rank  # what next() takes next
@@ -268,7 +318,7 @@ class TrainBatches:
         """The next micro-batch of this rank -> x, y: int64 (batch_size, block_size) on the device, y one token further."""
         if self.step != self.cached_step:
             self.cached_step, self.cached_starts = self.step, self.window_starts(self.step)
-        starts = self.cached_starts[self.micro * self.batch_size:][:self.batch_size]
+        starts = self.cached_starts[self.micro * self.batch_size :][: self.batch_size]
         self.micro += self.ranks.world_size
         if self.micro >= self.micro_batches_at(self.step):
             self.step, self.micro = self.step + 1, self.ranks.rank
@@ -280,7 +330,9 @@ class TrainBatches:
         """Offsets of windows, moved on to the first beginning of a document within block_size tokens, where there is one and a window
         fits behind it."""
         starts = starts.astype(np.int64)
-        before = self.tokens.windows(np.maximum(starts - 1, 0), self.block_size)  # a document begins behind another's end
+        before = self.tokens.windows(
+            np.maximum(starts - 1, 0), self.block_size
+        )  # a document begins behind another's end
         moved = starts + ((before == self.end_of_text) & (starts > 0)[:, None]).argmax(axis=1)
         return np.where(moved < len(self.tokens) - self.block_size, moved, starts)
 
@@ -304,7 +356,7 @@ class TrainBatches:
         end = position + size
         while position < end:
             epoch, first = divmod(position, n_windows)
-            starts.append(self.shuffled_starts(epoch, n_windows)[first:first + end - position])
+            starts.append(self.shuffled_starts(epoch, n_windows)[first : first + end - position])
             position += len(starts[-1])
         return np.concatenate(starts)
 
@@ -322,7 +374,7 @@ def text_checksum(tokens, pieces=64, length=2048):
     """A number that tells one text from another: CRC-32 of how many tokens there are, and of so many pieces spread over them."""
     crc = zlib.crc32(str(len(tokens)).encode())
     for start in np.linspace(0, max(0, len(tokens) - length), pieces, dtype=np.int64).tolist():
-        crc = zlib.crc32(tokens[start:min(start + length, len(tokens))].tobytes(), crc)
+        crc = zlib.crc32(tokens[start : min(start + length, len(tokens))].tobytes(), crc)
     return crc
 
 
@@ -337,7 +389,7 @@ def eval_batches(tokens, block_size, batch_size, n_batches, ranks, device):
     count = min(n_batches * batch_size, available)
     starts = np.arange(count) * available // count * block_size
     for first in range(ranks.rank * batch_size, count, ranks.world_size * batch_size):
-        rows = tokens.windows(starts[first:first + batch_size], block_size + 1)
+        rows = tokens.windows(starts[first : first + batch_size], block_size + 1)
         padding = np.full((batch_size - len(rows), block_size + 1), -1)  # one shape for all, so that nothing recompiles
         x, y = to_device(np.concatenate((rows, padding)), device)
         yield x.clamp_min(0), y

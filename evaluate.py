@@ -1,9 +1,10 @@
 """The loss of a trained model on a data set: nats a token, perplexity, and bits per byte of the text.
 
-    python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split, in whole windows
-    python evaluate.py --out_dir=out-shakespeare-char --quantize=int8  and what 8-bit weights cost
-    python evaluate.py --init_from=gpt2 --dataset=shakespeare --eval_iters=50
+python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split, in whole windows
+python evaluate.py --out_dir=out-shakespeare-char --quantize=int8  and what 8-bit weights cost
+python evaluate.py --init_from=gpt2 --dataset=shakespeare --eval_iters=50
 """
+
 import math
 import os
 
@@ -21,7 +22,7 @@ out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
 dataset = ''  # folder below data/; '': the one that the model was trained on
 split = 'val'  # 'val' or 'train'
-block_size = 0  # tokens in a window, each of which is predicted from those before it in the window; 0: the model's longest
+block_size = 0  # tokens in a window, each predicted from those before it in it; 0: the model's longest
 batch_size = 16  # windows at once
 eval_iters = 0  # batches, of windows spread evenly over the split; 0: all whole windows
 quantize = ''  # 'int8': 8-bit weights on a CPU
@@ -46,7 +47,9 @@ meta = read_meta(data_dir)
 with user_errors(ValueError, where=f'{data_dir}/meta: '):
     spec = spec_from_meta(meta)
     if tokenizer and spec and not same_ids(spec, tokenizer):
-        raise UserError(f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing')
+        raise UserError(
+            f'{data_dir} was prepared with another tokenizer than the model was trained with: the loss would mean nothing'
+        )
     n_ids = min(model.config.vocab_size, spec_vocab_size(spec) if spec else model.config.vocab_size)
 tokens = Tokens(data_dir, split, meta, n_ids)
 if block_size > model.config.block_size:
@@ -72,7 +75,13 @@ with torch.inference_mode(), autocast(device, dtype):
             n_bytes += int(token_bytes[y[y >= 0].cpu().numpy()].sum())
 loss = total / count
 if not math.isfinite(loss):
-    raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
-bits_per_byte = f'{total / math.log(2) / n_bytes:.4f} bits per byte, ' if n_bytes else ''  # what tokenizers can be compared by
-print(f'{data_dir}, {split}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {bits_per_byte}'
-      f'over {count:,} tokens in windows of {block_size}')
+    raise UserError(
+        'the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them'
+    )
+bits_per_byte = (
+    f'{total / math.log(2) / n_bytes:.4f} bits per byte, ' if n_bytes else ''
+)  # what tokenizers can be compared by
+print(
+    f'{data_dir}, {split}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {bits_per_byte}'
+    f'over {count:,} tokens in windows of {block_size}'
+)

@@ -1,4 +1,5 @@
 """Files that a crash cannot ruin, and folders that two processes do not write into at once. Knows nothing of what is in them."""
+
 import atexit
 import os
 import sys
@@ -71,10 +72,12 @@ def lock_folder(folder):
         try:
             if sys.platform == 'win32':
                 import msvcrt
+
                 file.seek(0)
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
+
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # as Linux and Windows say it
             file.close()

@@ -9,6 +9,7 @@ What a sample depends on: the model, its own prompt, the settings, the seed and 
 the same batch, nor on how often the cache was filled anew; but sums are rounded differently in batches of other sizes or lengths, which
 in bfloat16 and 8 bits is coarse enough to now and then draw another token.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +47,22 @@ class Context:
     def forget(self):
         """Begin anew, all rows empty."""
         n = len(self.cache.lengths)
-        self.rows, self.starts, self.cache.lengths = [[] for _ in range(n)], [0] * n, [0] * n  # starts: of each row's window
+        self.rows, self.starts, self.cache.lengths = (
+            [[] for _ in range(n)],
+            [0] * n,
+            [0] * n,
+        )  # starts: of each row's window
 
     def read(self, new, last=None):
         """Append to each row its new tokens, one or more -> logits (rows, V) for the token after them. last: the last of each row,
         (rows,) int64, where the device has them already, so that they need not be sent there."""
-        behind, pieces, block_size, starts, lengths = [], [], self.model.config.block_size, self.starts, self.cache.lengths
+        behind, pieces, block_size, starts, lengths = (
+            [],
+            [],
+            self.model.config.block_size,
+            self.starts,
+            self.cache.lengths,
+        )
         for r, (row, ids) in enumerate(zip(self.rows, new)):
             row.extend(ids)
             if len(row) > starts[r] + block_size:
@@ -59,7 +70,7 @@ class Context:
             if starts[r] + lengths[r] < len(row) - 1:
                 behind.append(r)  # the cache lacks more than the last token
         if behind:
-            unread = [row[start + length:] for row, start, length in zip(self.rows, starts, lengths)]
+            unread = [row[start + length :] for row, start, length in zip(self.rows, starts, lengths)]
             alike = len(set(map(len, unread))) == len(set(lengths)) == 1
             if alike and len(set(map(tuple, unread))) == len(unread):
                 pieces = unread  # all go on from where they are, the last token with the others
@@ -78,12 +89,14 @@ class Context:
 
     def catch_up(self, behind):
         """Read what the cache lacks of these rows, but for their last token. Rows that lack the same are read once."""
-        pieces = [tuple(self.rows[r][self.starts[r]:-1]) for r in behind]
+        pieces = [tuple(self.rows[r][self.starts[r] : -1]) for r in behind]
         distinct = list(dict.fromkeys(pieces))
         width = max(map(len, distinct))
         part = KVCache(self.model.config, len(distinct), width, self.device, self.dtype)
         part.extend(width)
-        self.model.hidden(torch.tensor([piece + (0,) * (width - len(piece)) for piece in distinct], device=self.device), part)
+        self.model.hidden(
+            torch.tensor([piece + (0,) * (width - len(piece)) for piece in distinct], device=self.device), part
+        )
         part.lengths = [len(piece) for piece in distinct]
         self.cache.put(behind, part, [distinct.index(piece) for piece in pieces])
 
@@ -96,16 +109,23 @@ class Context:
 @dataclass
 class Sampling:
     """How a token is chosen from logits. Applied in this order, which is Hugging Face's. ValueError for shares out of range."""
+
     temperature: float = 1.0  # divides the logits; 0: the likeliest token
     top_k: int = 0  # only among the k likeliest; 0: all
     top_p: float = 1.0  # only among the likeliest that together have this probability (Holtzman et al. 2020); 1: all
-    min_p: float = 0.0  # only among those at least so many times as probable as the likeliest (Nguyen et al. 2024); 0: all
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens that occurred (Keskar et al. 2019)
+    min_p: float = (
+        0.0  # only among those at least so many times as probable as the likeliest (Nguyen et al. 2024); 0: all
+    )
+    repetition_penalty: float = (
+        1.0  # divides positive, multiplies negative logits of tokens that occurred (Keskar et al. 2019)
+    )
     vocab_size: int | None = None  # ids from here on stand for no text, and are never chosen
 
     def __post_init__(self):
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
-            raise ValueError(f'top_p={self.top_p!r}, min_p={self.min_p!r}: must be above 0 and at most 1, and from 0 to 1')
+            raise ValueError(
+                f'top_p={self.top_p!r}, min_p={self.min_p!r}: must be above 0 and at most 1, and from 0 to 1'
+            )
 
     def choose(self, logits, uniform, occurred=None):
         """logits (B, V), uniform (B,) in [0, 1), occurred (B, V) bool -> ids (B,). Where the logits are not numbers, it is the first
@@ -113,11 +133,11 @@ class Sampling:
 
         By inversion: of the probabilities side by side, the one that the row's uniform number falls into.
         """
-        logits = logits[:, :self.vocab_size].float()
+        logits = logits[:, : self.vocab_size].float()
         n_ids = logits.size(-1)
         if occurred is not None and self.repetition_penalty != 1:
             penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(occurred[:, :self.vocab_size], penalized, logits)
+            logits = torch.where(occurred[:, : self.vocab_size], penalized, logits)
         if self.temperature < 1e-6:  # so small a divisor would overflow
             largest, chosen = logits.max(dim=-1)
             return torch.where(largest.isnan(), n_ids, chosen)
@@ -131,7 +151,9 @@ class Sampling:
             p = p.masked_fill(p < self.min_p * p[:, :1], 0)
         edges = p.cumsum(dim=-1)  # (B, k)
         total = edges.narrow(-1, k - 1, 1)
-        chosen = torch.searchsorted(edges, uniform.unsqueeze(-1) * total, right=True)  # how many edges lie below it, or at it; nan: all k
+        chosen = torch.searchsorted(
+            edges, uniform.unsqueeze(-1) * total, right=True
+        )  # how many edges lie below it, or at it; nan: all k
         if ids is not None:
             chosen = F.pad(ids, (0, 1), value=n_ids).gather(-1, chosen)
         return chosen.squeeze(-1)
@@ -140,7 +162,9 @@ class Sampling:
 def uniforms(n, key):
     """n numbers in [0, 1) as float32, a function of the key, a tuple of integers: the same on every device and version."""
     words = random_words(n, *key)
-    return torch.from_numpy(np.minimum((words >> np.uint64(40)) / 2**24, 1 - 2**-23).astype(np.float32))  # times any sum < the sum
+    return torch.from_numpy(
+        np.minimum((words >> np.uint64(40)) / 2**24, 1 - 2**-23).astype(np.float32)
+    )  # times any sum < the sum
 
 
 class Sample:
@@ -168,9 +192,11 @@ class Sample:
         elif self.stream:
             searched = len(self.text)
             self.text += self.stream.push([token])
-            found = [at for at in (self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self.stop) if at >= 0]
+            found = [
+                at for at in (self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self.stop) if at >= 0
+            ]
             if found:
-                self.text = self.text[:min(found)]
+                self.text = self.text[: min(found)]
                 self.finish_reason = 'stop'
 
     def finish(self, reason):
@@ -184,8 +210,14 @@ class Sample:
         if self.finish_reason:
             return len(self.text)
         longest = max(map(len, self.stop), default=1) - 1
-        return next((at for at in range(max(0, len(self.text) - longest), len(self.text))
-                     if any(stop.startswith(self.text[at:]) for stop in self.stop)), len(self.text))
+        return next(
+            (
+                at
+                for at in range(max(0, len(self.text) - longest), len(self.text))
+                if any(stop.startswith(self.text[at:]) for stop in self.stop)
+            ),
+            len(self.text),
+        )
 
 
 @torch.inference_mode()
@@ -216,10 +248,19 @@ def generate(model, samples, max_new_tokens, sampling, log_probs=False, context=
         ids = chosen.tolist()  # waits for the device
         V = logits.size(-1)
         if max(ids) >= min(sampling.vocab_size or V, V):
-            raise UserError('the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them')
+            raise UserError(
+                'the model computes numbers that are not finite: its weights are broken, or --dtype is too narrow for them'
+            )
         drawn = [None] * len(ids)
         if log_probs:
-            drawn = logits[:, :sampling.vocab_size].float().log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1).tolist()
+            drawn = (
+                logits[:, : sampling.vocab_size]
+                .float()
+                .log_softmax(dim=-1)
+                .gather(-1, chosen[:, None])
+                .squeeze(-1)
+                .tolist()
+            )
         for sample, token, log_prob in zip(live, ids, drawn):
             if sample.finish_reason is None:
                 sample.add(token, log_prob)

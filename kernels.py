@@ -1,4 +1,5 @@
 """The operations that the model's time goes into, computed in the way that suits the device."""
+
 import ctypes
 import math
 import platform
@@ -24,7 +25,11 @@ def use_onednn_products(device):
     settings = getattr(torch.backends.mkldnn, 'matmul', None)  # torch from 2.9 on
     if device.type != 'cpu' or settings is None or platform.machine() not in ('x86_64', 'AMD64'):
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
+    if (
+        not torch.backends.mkldnn.is_available()
+        or not torch.cpu._is_avx512_supported()
+        or torch.cpu._is_amx_tile_supported()
+    ):
         return False
     settings.fp32_precision = 'bf16'
     x = 1 + torch.arange(64 * 64).view(64, 64) / 2**20  # needs more mantissa than bfloat16 or TF32 have
@@ -78,7 +83,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
     if T == 1 or T > short_context or q.device.type != 'cpu':
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=grouped
+        )
     if grouped:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, nh, T, S)
@@ -86,7 +93,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
         mask = torch.full((T, T), -math.inf, dtype=scores.dtype, device=q.device).triu(1)
     elif mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
-    scores = scores + mask.to(scores.dtype)  # cheaper than masked_fill, which copies first, and has to mask the gradient too
+    scores = scores + mask.to(
+        scores.dtype
+    )  # cheaper than masked_fill, which copies first, and has to mask the gradient too
     return F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
 
 

@@ -3,6 +3,7 @@
 A record of an update has 'iter' and 'loss', one of an evaluation 'iter', 'train/loss' and 'val/loss', under the names that
 nanoGPT gives them in wandb. 'iter' counts updates: record n of an update is the (n + 1)-th, an evaluation at n comes after n.
 """
+
 import json
 import math
 import os
@@ -22,11 +23,16 @@ class RunLog:
         path = os.path.join(out_dir, FILE)
         with user_errors(OSError, where=f'cannot write {path}: '):
             if resumed_at is not None and os.path.exists(path):
-                records = [record for record in read_metrics(path)
-                           if (record['iter'] <= evaluated_at if 'val/loss' in record else record['iter'] < resumed_at)]
+                records = [
+                    record
+                    for record in read_metrics(path)
+                    if (record['iter'] <= evaluated_at if 'val/loss' in record else record['iter'] < resumed_at)
+                ]
                 with written_whole(path, 'w') as file:
                     file.writelines(to_json(record) + '\n' for record in records)
-            self.file = open(path, 'a', encoding='utf-8', newline='', buffering=1)  # every line reaches the file at once
+            self.file = open(
+                path, 'a', encoding='utf-8', newline='', buffering=1
+            )  # every line reaches the file at once
         self.wandb = wandb_run
         self.wandb_id = wandb_run.id if wandb_run else None
 
@@ -34,9 +40,11 @@ class RunLog:
         """Report one update."""
         self.write(record)
         mfu = 'unknown' if record['mfu'] is None else f'{100 * record["mfu"]:.1f}%'
-        say(f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {record["time_ms"]:.2f}ms, mfu {mfu}, lr {record["lr"]:.2e}, '
+        say(
+            f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {record["time_ms"]:.2f}ms, mfu {mfu}, lr {record["lr"]:.2e}, '
             f'norm {record["grad_norm"]:.2f}, clipped {100 * record["clipped"]:.0f}%, update/weight {record["update_ratio"]:.1e}, '
-            f'{record["tokens_per_s"]:,.0f} tok/s, {duration(record["left_s"])} left')
+            f'{record["tokens_per_s"]:,.0f} tok/s, {duration(record["left_s"])} left'
+        )
 
     def evaluation(self, record):
         """Report one evaluation."""
@@ -59,9 +67,14 @@ class NoLog:
 
     wandb_id = None
 
-    def update(self, record): pass
-    def evaluation(self, record): pass
-    def close(self): pass
+    def update(self, record):
+        pass
+
+    def evaluation(self, record):
+        pass
+
+    def close(self):
+        pass
 
 
 def start_wandb(config, wandb_id):
@@ -69,19 +82,32 @@ def start_wandb(config, wandb_id):
     try:
         import wandb
     except ImportError as error:
-        raise UserError('--wandb_log=True needs the package wandb: pip install wandb, or set --wandb_log=False') from error
+        raise UserError(
+            '--wandb_log=True needs the package wandb: pip install wandb, or set --wandb_log=False'
+        ) from error
     try:
-        return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=dict(config),
-                          id=wandb_id, resume='allow' if wandb_id else None)
+        return wandb.init(
+            project=config['wandb_project'],
+            name=config['wandb_run_name'],
+            config=dict(config),
+            id=wandb_id,
+            resume='allow' if wandb_id else None,
+        )
     except Exception as error:  # no account, no network, no permission
-        raise UserError(f'wandb cannot start ({one_line(str(error), 120)}): log in, set WANDB_MODE=offline, or set '
-                        '--wandb_log=False') from error
+        raise UserError(
+            f'wandb cannot start ({one_line(str(error), 120)}): log in, set WANDB_MODE=offline, or set '
+            '--wandb_log=False'
+        ) from error
 
 
 def to_json(record):
     """The record on one line, floats to 7 digits; JSON has no NaN and no infinity, they become null."""
-    return json.dumps({key: value if not isinstance(value, float) else float(f'{value:.7g}') if math.isfinite(value) else None
-                       for key, value in record.items()})
+    return json.dumps(
+        {
+            key: value if not isinstance(value, float) else float(f'{value:.7g}') if math.isfinite(value) else None
+            for key, value in record.items()
+        }
+    )
 
 
 def read_metrics(path):
@@ -94,8 +120,11 @@ def read_metrics(path):
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get('iter'), int) and all(
-                    isinstance(value, (int, float, type(None))) for value in record.values()):
+            if (
+                isinstance(record, dict)
+                and isinstance(record.get('iter'), int)
+                and all(isinstance(value, (int, float, type(None))) for value in record.values())
+            ):
                 records.append(record)
     return records
 

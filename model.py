@@ -6,6 +6,7 @@ names and shapes, so that its checkpoints load here and ours load there. Every o
 Letters in the shape comments:  B batch   T tokens   C width (n_embd)   nh heads   hs head size (C / nh)   V vocabulary
                                 nkv heads of keys and values   S positions that the cache holds
 """
+
 import math
 from dataclasses import dataclass
 
@@ -19,16 +20,17 @@ POSITIONS = ('learned', 'rope', 'alibi', 'none')
 NORMS = ('layernorm', 'rmsnorm')
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32; more of them are made and used up in pieces
 ACTIVATIONS = {
-    'gelu': F.gelu,                                     # exact, by erf: nanoGPT's
+    'gelu': F.gelu,  # exact, by erf: nanoGPT's
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # OpenAI's and Hugging Face's GPT-2 ('gelu_new')
-    'relu2': lambda x: F.relu(x).square(),              # So et al. 2021, "Primer"
-    'swiglu': F.silu,                                   # of a gate (Shazeer 2020, eq. 6)
+    'relu2': lambda x: F.relu(x).square(),  # So et al. 2021, "Primer"
+    'swiglu': F.silu,  # of a gate (Shazeer 2020, eq. 6)
 }
 
 
 @dataclass
 class GPTConfig:
     """A model's shape. Raises ValueError for values that describe no model."""
+
     block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 that matrix units like
     n_layer: int = 12  # transformer layers
@@ -39,11 +41,11 @@ class GPTConfig:
     mlp: str = 'gelu'  # one of ACTIVATIONS; 'swiglu' has a gate, and is narrower in turn
     pos: str = 'learned'  # one of POSITIONS
     norm: str = 'layernorm'  # one of NORMS
-    qk_norm: bool = False  # bring queries and keys to unit root mean square, so that no logit of attention outgrows sqrt(hs)
-    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head queries (Ainslie et al. 2023); 0: n_head
+    qk_norm: bool = False  # normalize queries and keys to unit RMS, so that no logit of attention outgrows sqrt(hs)
+    n_kv_head: int = 0  # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); 0: n_head
     tie_weights: bool = True  # embedding and head are one matrix (Press and Wolf 2017)
     logit_softcap: float = 0.0  # squash logits into (-cap, cap) by tanh (Gemma 2, section 2); 0: leave them
-    zero_init: bool = False  # what writes into the residual stream starts at zero, so that each layer starts as the identity
+    zero_init: bool = False  # projections into the residual stream start at zero: each layer starts as the identity
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -51,7 +53,9 @@ class GPTConfig:
             if type(value) is not int or value < 1:
                 raise ValueError(f'{name}={value!r}: must be a whole number of at least 1')
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal share')
+            raise ValueError(
+                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head gets an equal share'
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout!r}: must be in [0, 1)')
         for name, known in (('mlp', ACTIVATIONS), ('pos', POSITIONS), ('norm', NORMS)):
@@ -60,7 +64,9 @@ class GPTConfig:
         if type(self.n_kv_head) is not int or self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
             raise ValueError(f'n_kv_head={self.n_kv_head!r}: must divide n_head={self.n_head}, or be 0 for as many')
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
-            raise ValueError(f'n_embd={self.n_embd}, n_head={self.n_head}: pos=rope turns pairs, the head size must be even')
+            raise ValueError(
+                f'n_embd={self.n_embd}, n_head={self.n_head}: pos=rope turns pairs, the head size must be even'
+            )
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f'logit_softcap={self.logit_softcap!r}: must be a number from 0 on')
 
@@ -102,7 +108,9 @@ def rotate(x, cos, sin):
 def alibi_mask(positions, S, mask, n_head, dtype):
     """What ALiBi adds to attention's logits (Press et al. 2022, section 3): a slope of the head's times the distance, -inf where
     a position is not seen. positions: (T,) or (B, T), mask: what may be seen, of the S columns -> (nh, T, S) or (B, nh, T, S)."""
-    power = 2 ** math.floor(math.log2(n_head))  # slopes 2^(-8/n), 2^(-16/n), …; heads beyond a power of two lie in between
+    power = 2 ** math.floor(
+        math.log2(n_head)
+    )  # slopes 2^(-8/n), 2^(-16/n), …; heads beyond a power of two lie in between
     head = torch.arange(n_head, device=positions.device, dtype=dtype)
     slopes = torch.exp2(-torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power)
     columns = torch.arange(S, device=positions.device)
@@ -121,7 +129,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head, self.qk_norm = config.n_head, config.kv_heads, config.qk_norm
         self.dropout = config.dropout
         self.heads = self.n_head + 2 * self.n_kv_head  # of q, k and v together
-        self.c_attn = nn.Linear(config.n_embd, self.heads * config.n_embd // config.n_head, bias=config.bias)  # q, k and v in one product
+        self.c_attn = nn.Linear(
+            config.n_embd, self.heads * config.n_embd // config.n_head, bias=config.bias
+        )  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -141,7 +151,9 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             changed = self.qk_norm or angles is not None
-            new = torch.cat((k, v), dim=1) if changed else heads.narrow(1, self.n_head, 2 * self.n_kv_head)  # without copying
+            new = (
+                torch.cat((k, v), dim=1) if changed else heads.narrow(1, self.n_head, 2 * self.n_kv_head)
+            )  # without copying
             k, v = cache.update(layer, new)  # those of everything read so far, S positions of it
         if last:
             q, mask = q[:, :, -1:], None if mask is None else mask[..., -1:, :]
@@ -154,7 +166,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.mlp == 'swiglu'
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (1 + self.gated), bias=config.bias)  # gate and value in one product
+        self.c_fc = nn.Linear(
+            config.n_embd, config.mlp_width * (1 + self.gated), bias=config.bias
+        )  # gate and value in one product
         self.activation = ACTIVATIONS[config.mlp]
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -197,8 +211,10 @@ class KVCache:
 
     def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
         shape = (rows, 2 * config.kv_heads, columns, config.n_embd // config.n_head)  # heads of keys, then of values
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype)  # zeros, as even a masked column must hold a number
-                       for _ in range(config.n_layer)]
+        self.layers = [
+            torch.zeros(shape, device=device, dtype=dtype)  # zeros, as even a masked column must hold a number
+            for _ in range(config.n_layer)
+        ]
         self.lengths = [0] * rows  # tokens in each row
         self.row_ids = torch.arange(rows, device=device)[:, None]
         self.column_ids = torch.arange(columns, device=device)
@@ -207,7 +223,9 @@ class KVCache:
             self.static_positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self.static_mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
             for tensor in (*self.layers, self.static_positions, self.static_mask):
-                torch._dynamo.mark_static_address(tensor, guard=False)  # so that a CUDA graph writes into it, rather than into a copy
+                torch._dynamo.mark_static_address(
+                    tensor, guard=False
+                )  # so that a CUDA graph writes into it, rather than into a copy
 
     def extend(self, T):
         """Reserve the next T columns of every row: sets what the model's next call reads. ValueError if there are too few."""
@@ -235,7 +253,9 @@ class KVCache:
             stored.narrow(2, *self.span).copy_(new)
         else:
             at = self.row_ids, slice(None), self.positions  # indexes to (B, T, 2 nkv, hs)
-            stored[at] = new.transpose(1, 2).to(stored.dtype)  # on CUDA, what is normalised is float32 even under autocast
+            stored[at] = new.transpose(1, 2).to(
+                stored.dtype
+            )  # on CUDA, what is normalised is float32 even under autocast
         return stored.narrow(2, 0, self.end).chunk(2, dim=1)
 
     def put(self, rows, other, other_rows):
@@ -249,7 +269,7 @@ class KVCache:
     def keep(self, rows):
         """Forget all rows but these."""
         self.layers = [stored[rows] for stored in self.layers]
-        self.row_ids = self.row_ids[:len(rows)]
+        self.row_ids = self.row_ids[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 
 
@@ -259,13 +279,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=make_norm(config),
-        ))
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.pos == 'learned' else {}),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=make_norm(config),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self.init_weights()
@@ -283,11 +305,15 @@ class GPT(nn.Module):
         std = 0.02
         for name, parameter in self.named_parameters():
             if name.endswith('c_proj.weight'):
-                nn.init.normal_(parameter, std=0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(
+                    parameter, std=0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
+                )
             elif name.endswith(('.bias', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
                 nn.init.constant_(parameter, 0.0 if name.endswith('.bias') else 1.0)  # gains are 1
             else:
-                assert name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight', 'c_attn.weight', 'c_fc.weight')), name
+                assert name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight', 'c_attn.weight', 'c_fc.weight')), (
+                    name
+                )
                 nn.init.normal_(parameter, std=std)
 
     def hidden(self, idx, cache=None, last=False):
@@ -333,8 +359,13 @@ class GPT(nn.Module):
             loss = self.summed_loss(logits, targets)
         else:
             rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-            loss = sum_in_pieces(lambda x, targets: self.summed_loss(self.logits(x), targets), x.flatten(0, 1), targets.flatten(), rows,
-                                 [parameter for parameter in self.parameters() if parameter.requires_grad])
+            loss = sum_in_pieces(
+                lambda x, targets: self.summed_loss(self.logits(x), targets),
+                x.flatten(0, 1),
+                targets.flatten(),
+                rows,
+                [parameter for parameter in self.parameters() if parameter.requires_grad],
+            )
         return logits if with_logits else None, loss / (targets >= 0).sum().clamp_min(1)
 
     def summed_loss(self, logits, targets):
@@ -348,7 +379,12 @@ class GPT(nn.Module):
         What temperature, top_k and the rest of generation.Sampling mean is said there. torch's global generator gives the seed.
         Put the model into eval() first, or dropout is sampled from too.
         """
-        from generation import Sample, Sampling, generate  # the room that builds on this one; here for whoever calls it as in nanoGPT
+        from generation import (
+            Sample,
+            Sampling,
+            generate,
+        )  # the room that builds on this one; here for whoever calls it as in nanoGPT
+
         samples = [Sample(row, seed=(int(torch.randint(2**62, ())), i)) for i, row in enumerate(idx.tolist())]
         for _ in generate(self, samples, max_new_tokens, Sampling(temperature, top_k or 0, **sampling)):
             pass
@@ -371,8 +407,11 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shorten the context to block_size <= config.block_size tokens by dropping the later position embeddings."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size={block_size}: the model has {self.config.block_size} positions and can only be cropped')
+            raise ValueError(
+                f'block_size={block_size}: the model has {self.config.block_size} positions and can only be cropped'
+            )
         self.config.block_size = block_size
         if self.config.pos == 'learned':
-            self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
-
+            self.transformer.wpe = nn.Embedding.from_pretrained(
+                self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
+            )

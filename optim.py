@@ -1,4 +1,5 @@
 """How weights move: parameter groups, the optimizers, the learning rate's and the batch size's schedules."""
+
 import math
 
 import torch
@@ -21,10 +22,17 @@ def without_compiler(method):
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW(fused=True), ready sooner (Loshchilov and Hutter 2019, algorithm 2): one kernel call per group. With a tensor
     `found_inf` set, step() changes nothing where that is 1; see step_unless."""
+
     buffer_names = {'step', 'exp_avg', 'exp_avg_sq'}
-    add_param_group, zero_grad, state_dict, load_state_dict = map(without_compiler, (
-        torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
-        torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
+    add_param_group, zero_grad, state_dict, load_state_dict = map(
+        without_compiler,
+        (
+            torch.optim.Optimizer.add_param_group,
+            torch.optim.Optimizer.zero_grad,
+            torch.optim.Optimizer.state_dict,
+            torch.optim.Optimizer.load_state_dict,
+        ),
+    )
     step = torch.no_grad()(without_compiler(torch.optim.AdamW.step))
 
     def __init__(self, groups, lr, betas):
@@ -84,10 +92,16 @@ class Muon(AdamW):
         for shape, matrices in shapes.items():
             weights, gradients, momenta = zip(*matrices)
             if keep is not None:
-                gradients = [torch.where(keep, g, m) for g, m in zip(gradients, momenta)]  # which leaves the momentum as it is
+                gradients = [
+                    torch.where(keep, g, m) for g, m in zip(gradients, momenta)
+                ]  # which leaves the momentum as it is
             torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
-            directions = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's: the gradient counts once more
-            stack = self.orthogonalize(torch.stack([d if d.shape == shape else d.t() for d in directions]))  # (matrices, m, n)
+            directions = torch._foreach_lerp(
+                gradients, momenta, group['momentum']
+            )  # Nesterov's: the gradient counts once more
+            stack = self.orthogonalize(
+                torch.stack([d if d.shape == shape else d.t() for d in directions])
+            )  # (matrices, m, n)
             shrink = group['lr'] * group['weight_decay']
             if keep is not None:
                 stack *= keep
@@ -106,7 +120,7 @@ class Muon(AdamW):
         share = -(-n // world_size)
         padded = torch.cat((stack, stack.new_zeros(world_size * share - n, *stack.shape[1:])))
         out = torch.empty_like(padded)
-        dist.all_gather_into_tensor(out, orthogonalize(padded[self.ranks.rank * share:][:share], self.dtype))
+        dist.all_gather_into_tensor(out, orthogonalize(padded[self.ranks.rank * share :][:share], self.dtype))
         return out[:n]
 
 
@@ -155,13 +169,19 @@ def load_optimizer_state(optimizer, saved):
         buffers = saved['state'].get(theirs_number)
         if buffers is None:
             continue  # it has not had a gradient yet
-        names = optimizer.buffers_of(group) if isinstance(optimizer, AdamW) else set()  # those of others are only bounded in size
+        names = (
+            optimizer.buffers_of(group) if isinstance(optimizer, AdamW) else set()
+        )  # those of others are only bounded in size
         if not isinstance(buffers, dict) or not names <= buffers.keys():
             raise ValueError(f'the buffers of parameter {number} are not those of {type(optimizer).__name__}')
         for name, buffer in buffers.items():
             shape = () if name == 'step' else p.shape
-            if name in names and not (torch.is_tensor(buffer) and buffer.shape == shape) \
-                    or torch.is_tensor(buffer) and buffer.numel() > max(1, p.numel()):
+            if (
+                name in names
+                and not (torch.is_tensor(buffer) and buffer.shape == shape)
+                or torch.is_tensor(buffer)
+                and buffer.numel() > max(1, p.numel())
+            ):
                 raise ValueError(f'{name} of parameter {number} is not a tensor of {tuple(shape)}')
         state[number] = buffers
     optimizer.load_state_dict({'state': state, 'param_groups': ours})
@@ -179,31 +199,51 @@ def make_optimizer(model, config, ranks=ALONE, dtype=torch.float32):
     for group in optimizer.param_groups:
         group['initial_lr'] = group['lr']
     grouped = [p for group in optimizer.param_groups for p in group['params']]
-    assert len(grouped) == len(trained) and set(grouped) == set(trained.values()), 'every parameter belongs into one group'
+    assert len(grouped) == len(trained) and set(grouped) == set(trained.values()), (
+        'every parameter belongs into one group'
+    )
     return optimizer
 
 
 def decay_groups(parameters, weight_decay):
     """Parameters -> two groups: matrices and embeddings decay, biases and gains do not. The order of groups and parameters is nanoGPT's,
     so that the optimizer state in its checkpoints fits."""
-    return [{'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0}]
+    return [
+        {'params': [p for p in parameters if p.dim() >= 2], 'weight_decay': weight_decay},
+        {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},
+    ]
 
 
 def adamw(named, config, ranks, dtype):
     """AdamW for everything. Arguments: those of all functions in OPTIMIZERS."""
-    return AdamW(decay_groups(named.values(), config['weight_decay']), config['learning_rate'], (config['beta1'], config['beta2']))
+    return AdamW(
+        decay_groups(named.values(), config['weight_decay']),
+        config['learning_rate'],
+        (config['beta1'], config['beta2']),
+    )
 
 
 def muon(named, config, ranks, dtype):
     """Muon for the matrices of the layers, AdamW for the rest. The iteration runs in bfloat16 if the run does, in float32 otherwise."""
     hidden = {name: p for name, p in named.items() if p.dim() == 2 and name.startswith('transformer.h.')}
     groups = decay_groups([p for name, p in named.items() if name not in hidden], config['weight_decay'])
-    groups.append({'params': list(hidden.values()), 'lr': config['muon_learning_rate'], 'momentum': config['muon_momentum'],
-                   'weight_decay': config['weight_decay']})
+    groups.append(
+        {
+            'params': list(hidden.values()),
+            'lr': config['muon_learning_rate'],
+            'momentum': config['muon_momentum'],
+            'weight_decay': config['weight_decay'],
+        }
+    )
     rows = {p: qkv_rows(p) for name, p in hidden.items() if name.endswith('c_attn.weight')}
-    return Muon(groups, config['learning_rate'], (config['beta1'], config['beta2']), rows, ranks,
-                torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return Muon(
+        groups,
+        config['learning_rate'],
+        (config['beta1'], config['beta2']),
+        rows,
+        ranks,
+        torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+    )
 
 
 # What --optimizer= may be: (named parameters, settings, ranks, dtype) -> a torch.optim.Optimizer. Any of torch's does; a new one is a line.
@@ -226,7 +266,9 @@ def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters, 
         return min_lr
     if cooldown_iters:
         return min_lr + min(1, (lr_decay_iters - step) / cooldown_iters) * (learning_rate - min_lr)
-    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # in [0, 1): lr_decay_iters > step >= warmup_iters
+    progress = (step - warmup_iters) / (
+        lr_decay_iters - warmup_iters
+    )  # in [0, 1): lr_decay_iters > step >= warmup_iters
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 

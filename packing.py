@@ -14,6 +14,7 @@ called and nothing else; a subclass, or a layer with a hook, may compute somethi
 weight, rather than calling the layer, then fails, or computes something else, and is found out on a small batch before
 anything is replaced for good.
 """
+
 import math
 import warnings
 
@@ -76,15 +77,22 @@ def pack(model, device, dtype, quantize=''):
     put({layer: layer for layer in packed})
     for layer, weight in weights.items():
         layer.weight = weight
-    warn(f'the weights stay as they are, which is slower{" and not 8-bit" if quantize else ""}: the model does more with its linear layers '
-         f'than to call them ({reason}); in model.py, call a layer where its weight is read')
+    warn(
+        f'the weights stay as they are, which is slower{" and not 8-bit" if quantize else ""}: the model does more with its linear layers '
+        f'than to call them ({reason}); in model.py, call a layer where its weight is read'
+    )
 
 
 def is_plain(layer):
     """Does this module compute x W^T + b, and nothing else? A subclass of nn.Linear may do more, and a parametrized layer is one; so may a
     layer with hooks before or after it, with a forward of its own, or over a weight that is a subclass of Parameter."""
-    return (type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and 'forward' not in vars(layer)
-            and not layer._forward_hooks and not layer._forward_pre_hooks)
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and 'forward' not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
 
 
 def packed_layer(layer, dtype, quantize):
@@ -92,11 +100,13 @@ def packed_layer(layer, dtype, quantize):
     if quantize:
         return Int8Linear(layer)
     onednn = torch.backends.mkldnn.is_available() and (  # which is asked itself what it multiplies on this processor
-        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     return PackedLinear(layer, dtype) if onednn and layer.weight.numel() >= SMALLEST else PlainLinear(layer, dtype)
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
+
 
 class Trial(nn.Module):
     """Stands in a layer's place for one batch: compares the packed layer with the old one, and passes on what the old one gives. So the
@@ -117,7 +127,9 @@ class Trial(nn.Module):
         known, y = self.calls.pop(0) if self.calls else (None, None)
         if known is None or not torch.equal(input, known):
             y = layer(input)
-        coarse = 1 if isinstance(packed, Int8Linear) else max(1e-3, 4 * torch.finfo(y.dtype).eps)  # 1: as wrong as zeros
+        coarse = (
+            1 if isinstance(packed, Int8Linear) else max(1e-3, 4 * torch.finfo(y.dtype).eps)
+        )  # 1: as wrong as zeros
         self.reason = self.reason or difference(packed(input), y, coarse, f'{type(packed).__name__} is')
         return y
 
@@ -135,7 +147,9 @@ def difference(y, expected, tolerance, what):
     if y.shape != expected.shape:
         return f'{what} of another shape'
     y, expected = y.cpu().float(), expected.cpu().float()
-    size, gap = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (expected, y - expected))  # no square overflows
+    size, gap = (
+        torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (expected, y - expected)
+    )  # no square overflows
     if not math.isfinite(size):
         finite = expected.isfinite()
         return difference(y[finite], expected[finite], tolerance, what)
@@ -144,6 +158,7 @@ def difference(y, expected, tolerance, what):
 
 # --- packed layers: they can be called, and that is all ------------------------------------------------------------------
 
+
 class PlainLinear(nn.Module):
     """A linear layer over torch's own product, for matrices that are too small for oneDNN's, or where there is none. x: (..., in) in the
     type of the weights, or under autocast -> (..., out).
@@ -151,7 +166,9 @@ class PlainLinear(nn.Module):
 
     def __init__(self, linear, dtype):
         super().__init__()
-        self.matrix = linear.weight.detach().to(dtype).t().contiguous().t()  # by which MKL multiplies a few rows somewhat faster
+        self.matrix = (
+            linear.weight.detach().to(dtype).t().contiguous().t()
+        )  # by which MKL multiplies a few rows somewhat faster
         self.vector = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, input):
@@ -167,7 +184,9 @@ class PackedLinear(nn.Module):
     def __init__(self, linear, dtype):
         super().__init__()
         self.dtype = dtype
-        self.matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 64)  # 64 rows: a hint, good for 1 to 1000
+        self.matrix = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach().to(dtype), 64
+        )  # 64 rows: a hint, good for 1 to 1000
         self.vector = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, input):
@@ -188,7 +207,9 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
         zero = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch calls these types deprecated; nothing that is as fast takes their place yet
+            warnings.simplefilter(
+                'ignore'
+            )  # torch calls these types deprecated; nothing that is as fast takes their place yet
             quantized = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
         self.matrix = torch.ops.quantized.linear_prepack(quantized, None)
         self.vector = None if linear.bias is None else linear.bias.detach().float()
@@ -196,7 +217,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, input):
         x = input.float()
-        scale = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_min_(1e-12)  # (..., 1), the largest of a row
+        scale = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_min_(
+            1e-12
+        )  # (..., 1), the largest of a row
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / scale, 1 / self.levels, self.levels + 1, self.matrix)
+            x / scale, 1 / self.levels, self.levels + 1, self.matrix
+        )
         return y * scale if self.vector is None else torch.addcmul(self.vector, y, scale)

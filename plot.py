@@ -1,7 +1,8 @@
 """Draw the loss curves of one or more runs, from their metrics.jsonl, into a PNG.
 
-    python plot.py --runs=out-a,out-b --output=loss.png --title="Two learning rates"
+python plot.py --runs=out-a,out-b --output=loss.png --title="Two learning rates"
 """
+
 import os
 
 from configurator import UserError, configure, require, user_errors
@@ -38,7 +39,7 @@ def seconds_at(iteration, updates, seconds):
 
 folders = [os.path.expanduser(folder.strip()) for folder in runs.split(',') if folder.strip()]
 if not folders:
-    raise UserError('--runs=: name at least one run\'s folder')
+    raise UserError("--runs=: name at least one run's folder")
 output = output or os.path.join(folders[0], 'loss.png')
 if not output.endswith('.png'):
     raise UserError(f'--output={output}: must end in .png')
@@ -58,18 +59,35 @@ for n, folder in enumerate(folders):
         update_x, evaluation_x = seconds, [seconds_at(r['iter'], updates, seconds) for r in evaluations]
     else:
         update_x, evaluation_x = [r['iter'] for r in updates], [r['iter'] for r in evaluations]
-    axes.plot(update_x, [r['loss'] for r in updates], color=color, alpha=0.3, linewidth=0.8, label=f'batch of each logged update{label}')
+    axes.plot(
+        update_x,
+        [r['loss'] for r in updates],
+        color=color,
+        alpha=0.3,
+        linewidth=0.8,
+        label=f'batch of each logged update{label}',
+    )
     if evaluations:
         best = min(r['val/loss'] for r in evaluations)
-        axes.plot(evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'train{label}')
-        axes.plot(evaluation_x, [r['val/loss'] for r in evaluations], color=color, marker='o', markersize=3,
-                  label=f'val (lowest {best:.4f}){label}')
+        axes.plot(
+            evaluation_x, [r['train/loss'] for r in evaluations], color=color, linestyle='--', label=f'train{label}'
+        )
+        axes.plot(
+            evaluation_x,
+            [r['val/loss'] for r in evaluations],
+            color=color,
+            marker='o',
+            markersize=3,
+            label=f'val (lowest {best:.4f}){label}',
+        )
 axes.set_xlabel('updates' if x == 'iter' else 'training time (s)')
 axes.set_ylabel('loss (nats a token)')
 axes.set_title(title, parse_math=False)
 axes.grid(alpha=0.3)
 for text in axes.legend().get_texts():
-    text.set_parse_math(False)  # a folder may have $ in its name; at the end of the label, as those that begin with _ are left out
+    text.set_parse_math(
+        False
+    )  # a folder may have $ in its name; at the end of the label, as those that begin with _ are left out
 figure.tight_layout()
 with user_errors(OSError, ValueError, where=f'cannot write {output}: '):
     figure.savefig(output)

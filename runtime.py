@@ -1,4 +1,5 @@
 """Where a run happens: device, precision, ranks, seeds, compilation, signals, and what the device could do at best."""
+
 import os
 import re
 import shlex
@@ -22,15 +23,32 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 # device has it). A name counts where it stands as whole words in the device's own name, and the longest such does; a device of
 # a VARIANT that is not in the table is another one.
 PEAK_TFLOPS = {
-    'B200': (2250, 1125), 'GH200': (989, 494), 'H200': (989, 494), 'H100 NVL': (835, 417), 'H100 PCIe': (756, 378), 'H100': (989, 494),
-    'A100': (312, 156), 'A30': (165, 82), 'A10G': (70, 35), 'A10': (125, 62), 'L40S': (362, 183), 'L40': (181, 90), 'L4': (121, 60),
-    'V100': (125, 15.7), 'T4': (65, 8.1), 'RTX 6000 Ada': (364, 182), 'RTX A6000': (155, 77),
-    'RTX 5090': (209, 105), 'RTX 4090': (165, 83), 'RTX 3090': (71, 36),
+    'B200': (2250, 1125),
+    'GH200': (989, 494),
+    'H200': (989, 494),
+    'H100 NVL': (835, 417),
+    'H100 PCIe': (756, 378),
+    'H100': (989, 494),
+    'A100': (312, 156),
+    'A30': (165, 82),
+    'A10G': (70, 35),
+    'A10': (125, 62),
+    'L40S': (362, 183),
+    'L40': (181, 90),
+    'L4': (121, 60),
+    'V100': (125, 15.7),
+    'T4': (65, 8.1),
+    'RTX 6000 Ada': (364, 182),
+    'RTX A6000': (155, 77),
+    'RTX 5090': (209, 105),
+    'RTX 4090': (165, 83),
+    'RTX 3090': (71, 36),
 }
 VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
 
 
 # --- device and precision ---------------------------------------------------------------------------------------------
+
 
 def pick_device(name, ranks=None):
     """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device; plain 'cuda' is this rank's own GPU.
@@ -52,7 +70,9 @@ def pick_device(name, ranks=None):
     if device.type == 'cuda':
         index = device.index if device.index is not None else ranks.local_rank if ranks else 0
         if not torch.cuda.is_available():
-            raise UserError(f'--device={name}: torch {torch.__version__} sees no CUDA device here; use --device=auto or --device=cpu')
+            raise UserError(
+                f'--device={name}: torch {torch.__version__} sees no CUDA device here; use --device=auto or --device=cpu'
+            )
         if index >= torch.cuda.device_count():
             raise UserError(f'--device={name}: there is no GPU {index}, this machine has {torch.cuda.device_count()}')
         device = torch.device('cuda', index)
@@ -96,7 +116,9 @@ def named_peak_flops(name, dtype):
     """peak_flops by the name that CUDA gives a device, such as 'NVIDIA H100 80GB HBM3'."""
     matches = [known for known in PEAK_TFLOPS if re.search(rf'(?<![A-Za-z0-9]){known}(?![A-Za-z0-9])', name)]
     known = max(matches, key=len, default=None)
-    if known is None or VARIANTS.search(name) or (known in ('V100', 'T4') and dtype == torch.bfloat16):  # those emulate bfloat16
+    if (
+        known is None or VARIANTS.search(name) or (known in ('V100', 'T4') and dtype == torch.bfloat16)
+    ):  # those emulate bfloat16
         return None
     half, single = PEAK_TFLOPS[known]
     return 1e12 * (single if dtype == torch.float32 else half)
@@ -130,9 +152,11 @@ def synchronize(device):
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that torchrun started; a single process is rank 0 of 1."""
+
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -163,7 +187,11 @@ def find_ranks():
     """The Ranks that torchrun's environment variables describe."""
     if 'RANK' not in os.environ:
         return Ranks()
-    with user_errors(ValueError, KeyError, where='RANK is set, but not all that torchrun sets with it; start several ranks by torchrun: '):
+    with user_errors(
+        ValueError,
+        KeyError,
+        where='RANK is set, but not all that torchrun sets with it; start several ranks by torchrun: ',
+    ):
         ranks = Ranks(*(int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
         if not (0 <= ranks.rank < ranks.world_size and ranks.local_rank >= 0):
             raise ValueError(f'RANK={ranks.rank} is not one of WORLD_SIZE={ranks.world_size} ranks')
@@ -187,7 +215,9 @@ def join_ranks(backend, device, ranks):
             dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device, **options)
         else:
             dist.init_process_group(backend, **options)
-    sys.excepthook = hook  # torch puts one of its own before it, which keeps to itself what a hook that ends the process has printed
+    sys.excepthook = (
+        hook  # torch puts one of its own before it, which keeps to itself what a hook that ends the process has printed
+    )
     leave_at_once()  # in the interpreter's own clean-up one of gloo's threads now and then aborts a rank that is done
 
 
@@ -228,6 +258,7 @@ def end(ranks, status=0):
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
+
 def seed_all(*key):
     """Seed torch's generators on every device from a key of integers, such as (seed, step, micro-batch).
 
@@ -239,6 +270,7 @@ def seed_all(*key):
 
 # --- compilation ------------------------------------------------------------------------------------------------------
 
+
 def compile_or_stay_eager(model, trial, **options):
     """Compile the model in place if a trial run then works, else leave it as it is, after one line of warning -> did it work?
 
@@ -246,7 +278,9 @@ def compile_or_stay_eager(model, trial, **options):
     Python). trial() must call the model as it is going to be used. Compiled in place, the model keeps its parameters' names.
     """
     if torch.__version__.startswith('2.6.') and model.training and next(model.parameters()).device.type == 'cpu':
-        warn('torch 2.6 compiles a wrong gradient of the embedding on CPUs, going on without; a newer torch does it right')
+        warn(
+            'torch 2.6 compiles a wrong gradient of the embedding on CPUs, going on without; a newer torch does it right'
+        )
         return False
     try:
         model.compile(**options)
@@ -255,8 +289,12 @@ def compile_or_stay_eager(model, trial, **options):
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # of any kind: it comes from compilers, linkers, drivers
-        warn(f'torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})')
-        model._compiled_call_impl = None  # where Module.compile() keeps its work; there is no public way to take it back
+        warn(
+            f'torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})'
+        )
+        model._compiled_call_impl = (
+            None  # where Module.compile() keeps its work; there is no public way to take it back
+        )
         model.zero_grad(set_to_none=True)
         return False
 
@@ -268,13 +306,17 @@ def decoding_options(device):
 
 # --- signals and time -------------------------------------------------------------------------------------------------
 
+
 class StopSignal:
     """Turns signals that ask a process to end into a flag, so that a run can finish its step and save. A second one ends at once.
 
     SIGINT is Ctrl-C, SIGTERM what kill and schedulers send, SIGHUP comes when the terminal is closed, SIGUSR1 from schedulers that
     announce the end. A SIGHUP that is ignored, as under nohup, stays ignored.
     """
-    SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]  # not all on Windows
+
+    SIGNALS = [
+        getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)
+    ]  # not all on Windows
 
     def __init__(self):
         self.received = None
@@ -285,11 +327,16 @@ class StopSignal:
     def resume_command(self, ranks):
         """The command that continues this run: the one that started it, with --init_from=resume unless it says auto already."""
         goes_on = '--init_from=auto' in sys.argv
-        arguments = [sys.argv[0], *(argument for argument in sys.argv[1:] if goes_on or not argument.startswith('--init_from='))]
+        arguments = [
+            sys.argv[0],
+            *(argument for argument in sys.argv[1:] if goes_on or not argument.startswith('--init_from=')),
+        ]
         arguments += [] if goes_on else ['--init_from=resume']
         join = subprocess.list2cmdline if sys.platform == 'win32' else shlex.join
         if ranks.world_size == 1:
-            python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
+            python = (
+                os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
+            )
             return join([python, *arguments])
         local = int(os.environ.get('LOCAL_WORLD_SIZE', ranks.world_size))
         nodes = '--standalone' if local == ranks.world_size else f'--nnodes={ranks.world_size // local} ...'
@@ -297,7 +344,9 @@ class StopSignal:
 
     def handle(self, signum, frame):
         self.received = signal.Signals(signum)
-        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun repeats the signal: there, only its own SIGKILL ends at once
+        if (
+            'TORCHELASTIC_RUN_ID' not in os.environ
+        ):  # torchrun repeats the signal: there, only its own SIGKILL ends at once
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def on_any(self, ranks):

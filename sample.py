@@ -1,10 +1,11 @@
 """Draw text from a trained model.
 
-    python sample.py --out_dir=out-shakespeare-char --start="To be, or" --num_samples=3
-    python sample.py --init_from=gpt2 --start=FILE:prompt.txt --max_new_tokens=100 --stop="The end"
-    python sample.py --start=LINES:prompts.txt --json=True > texts.jsonl
-    python sample.py --interactive=True
+python sample.py --out_dir=out-shakespeare-char --start="To be, or" --num_samples=3
+python sample.py --init_from=gpt2 --start=FILE:prompt.txt --max_new_tokens=100 --stop="The end"
+python sample.py --start=LINES:prompts.txt --json=True > texts.jsonl
+python sample.py --interactive=True
 """
+
 import itertools
 import os
 import signal
@@ -23,7 +24,7 @@ from tokenizer import check_known, load_tokenizer, spec_from_meta, text_vocab_si
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or the folder of a run or of a Hugging Face GPT-2
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
-start = '\n'  # the prompt; or FILE:path of a UTF-8 file that holds it, FILES:path,path of several, LINES:path of one a line
+start = '\n'  # the prompt; or FILE:path of a UTF-8 file with it, FILES:path,path of several, LINES:path of one per line
 num_samples = 10  # texts to draw for each prompt
 max_new_tokens = 500  # tokens in each, after the prompt
 temperature = 0.8  # 1: as trained, lower is tamer, higher is wilder; 0: always the likeliest token
@@ -62,21 +63,31 @@ use_fast_float32(device)
 
 # --- model and tokenizer ----------------------------------------------------------------------------------------------
 model, spec, trained_with = open_model(init_from, out_dir, ckpt)
-if spec is None and init_from == 'resume':  # nanoGPT's name the data set, whose meta.pkl has the characters; without it, GPT-2's BPE
+if (
+    spec is None and init_from == 'resume'
+):  # nanoGPT's name the data set, whose meta.pkl has the characters; without it, GPT-2's BPE
     data_dir = os.path.join('data', dataset_name(str(trained_with.get('dataset'))))
     meta = read_meta(data_dir) if os.path.isdir(data_dir) else {}
     if not meta:
-        warn(f'the checkpoint holds no tokenizer, and {data_dir} has no meta.pkl: its ids are taken for GPT-2\'s, as nanoGPT does')
+        warn(
+            f"the checkpoint holds no tokenizer, and {data_dir} has no meta.pkl: its ids are taken for GPT-2's, as nanoGPT does"
+        )
     with user_errors(ValueError, where=f'{data_dir}/meta: '):
         spec = spec_from_meta(meta)
 if spec is None:
-    raise UserError('the model comes with no tokenizer, so there is no telling what its ids mean: put its tokenizer.json, or vocab.json '
-                    'and merges.txt, beside it')
+    raise UserError(
+        'the model comes with no tokenizer, so there is no telling what its ids mean: put its tokenizer.json, or vocab.json '
+        'and merges.txt, beside it'
+    )
 with user_errors(ValueError, where='the tokenizer of the model: '):
     tokenizer = load_tokenizer(spec)
 if text_vocab_size(spec) > model.config.vocab_size:
-    raise UserError(f'the tokenizer has {text_vocab_size(spec)} ids, the model {model.config.vocab_size}: they do not belong together')
-n_ids = min(tokenizer.vocab_size, model.config.vocab_size)  # either may know more: rounded up; tokens added to a pretrained model's
+    raise UserError(
+        f'the tokenizer has {text_vocab_size(spec)} ids, the model {model.config.vocab_size}: they do not belong together'
+    )
+n_ids = min(
+    tokenizer.vocab_size, model.config.vocab_size
+)  # either may know more: rounded up; tokens added to a pretrained model's
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=n_ids)
 
 
@@ -84,7 +95,10 @@ sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_
 def read_text(path):
     """The content of a UTF-8 file, without its byte order mark."""
     where = f'cannot read the prompt {path or "(no path)"}: '
-    with user_errors(OSError, UnicodeDecodeError, where=where), open(os.path.expanduser(path), encoding='utf-8-sig') as file:
+    with (
+        user_errors(OSError, UnicodeDecodeError, where=where),
+        open(os.path.expanduser(path), encoding='utf-8-sig') as file,
+    ):
         return file.read()
 
 
@@ -123,7 +137,9 @@ if interactive and len(prompts) > 1:
 # --- layout and compilation -------------------------------------------------------------------------------------------
 batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
 model.eval().to(device)
-if quantize or not (compile and device.type == 'cpu'):  # the compiler does not take packed layers, and is slower on a CPU
+if quantize or not (
+    compile and device.type == 'cpu'
+):  # the compiler does not take packed layers, and is slower on a CPU
     pack(model, device, dtype, quantize)
 keep_memory(device)
 context = None  # what is compiled for is one batch of one size, kept from the first text to the last
@@ -133,8 +149,11 @@ if compile:
 
     def trial():  # of one token at a time, as more are read by what is not compiled; of two, as the second is recorded on CUDA
         with autocast(device, dtype):
-            for _ in generate(model, [Sample(encoded[0][-1:]) for _ in range(batch_size)], 2, sampling, context=context, static=True):
+            for _ in generate(
+                model, [Sample(encoded[0][-1:]) for _ in range(batch_size)], 2, sampling, context=context, static=True
+            ):
                 pass
+
     if not compile_or_stay_eager(model, trial, **decoding_options(device)):
         context = None
 
@@ -179,20 +198,34 @@ def write(samples):
 def write_json(samples, prompts):
     """Draw the samples in one batch and print a JSON object for each."""
     from json import dumps
+
     ascii_only = 'utf' not in (sys.stdout.encoding or '').lower()  # in a code page, what it lacks is written as \\uXXXX
     for _ in draw(samples, log_probs=True):
         if all(sample.finish_reason for sample in samples):
             break
     for sample, prompt in zip(samples, prompts):
         sample.finish('length')
-        print(dumps({'prompt': prompt, 'text': sample.text, 'token_ids': sample.ids, 'log_probs': sample.log_probs,
-                     'finish_reason': sample.finish_reason}, ensure_ascii=ascii_only), flush=True)
+        print(
+            dumps(
+                {
+                    'prompt': prompt,
+                    'text': sample.text,
+                    'token_ids': sample.ids,
+                    'log_probs': sample.log_probs,
+                    'finish_reason': sample.finish_reason,
+                },
+                ensure_ascii=ascii_only,
+            ),
+            flush=True,
+        )
 
 
 def converse():
     """Ask for text, continue it, and so on, in one growing context."""
-    print('What you type is continued where it stands; \\n in it is a line end, an empty line lets the model go on.\n'
-          'Ctrl-C stops an answer, Ctrl-D ends.')
+    print(
+        'What you type is continued where it stands; \\n in it is a line end, an empty line lets the model go on.\n'
+        'Ctrl-C stops an answer, Ctrl-D ends.'
+    )
     with suppress(ImportError):
         import readline  # noqa: F401  (its import gives input() line editing and history)
     conversation, unread, turn = context or Context(model, 1, model.config.block_size), [], 0
@@ -227,10 +260,12 @@ def answer(sample, conversation):
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     shown = 0
     try:
-        for _ in generate(model, [sample], max_new_tokens, sampling, context=conversation, static=conversation.cache.static):
+        for _ in generate(
+            model, [sample], max_new_tokens, sampling, context=conversation, static=conversation.cache.static
+        ):
             if interrupted:
                 sample.finish('interrupted')
-            print(sample.text[shown:sample.settled()], end='', flush=True)
+            print(sample.text[shown : sample.settled()], end='', flush=True)
             shown = sample.settled()
     finally:
         signal.signal(signal.SIGINT, before)

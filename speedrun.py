@@ -8,6 +8,7 @@ The two train in turns, with one seed after the other, each as a process of its 
 data, backward, optimizer; it stands while they start, compile, evaluate, save and log. Compilation is told apart, and counted in
 a second figure. The loss is that of the whole validation split.
 """
+
 import os
 import re
 import shlex
@@ -56,11 +57,20 @@ def train(name, seed):
         raise UserError(f'--target={target}: {arguments} is there before its first update')
     at = next((r for r in evaluations if r['val/loss'] <= target), evaluations[-1])
     compilation = re.search(r'compilation ([\d.]+)s', result.stdout)
-    run = {'curve': [(r['seconds'], r['val/loss']) for r in evaluations], 'reached': at['val/loss'] <= target, 'seconds': at['seconds'],
-           'iters': at['iter'], 'compilation': float(compilation.group(1)) if compilation else 0.0,
-           'end': evaluations[-1]['seconds'], 'loss': evaluations[-1]['val/loss']}
-    print(f'{name}, seed {seed}: {"" if run["reached"] else "not "}at {target} after {run["iters"]} updates, {run["seconds"]:.2f}s; '
-          f'{run["loss"]:.4f} at its end after {run["end"]:.2f}s; compilation {run["compilation"]:.1f}s', flush=True)
+    run = {
+        'curve': [(r['seconds'], r['val/loss']) for r in evaluations],
+        'reached': at['val/loss'] <= target,
+        'seconds': at['seconds'],
+        'iters': at['iter'],
+        'compilation': float(compilation.group(1)) if compilation else 0.0,
+        'end': evaluations[-1]['seconds'],
+        'loss': evaluations[-1]['val/loss'],
+    }
+    print(
+        f'{name}, seed {seed}: {"" if run["reached"] else "not "}at {target} after {run["iters"]} updates, {run["seconds"]:.2f}s; '
+        f'{run["loss"]:.4f} at its end after {run["end"]:.2f}s; compilation {run["compilation"]:.1f}s',
+        flush=True,
+    )
     return run
 
 
@@ -81,12 +91,17 @@ for seed in range(first_seed, first_seed + seeds):
         runs[name].append(train(name, seed))
 
 for name, its in runs.items():
-    print(f'{name}, {config[name]}: {sum(run["reached"] for run in its)} of {seeds} at {target}; '
-          f'{spread([run["seconds"] for run in its], 2)}s, {spread([run["iters"] for run in its], 0)} updates; '
-          f'with compilation {spread([run["seconds"] + run["compilation"] for run in its], 2)}s; '
-          f'loss at the end {spread([run["loss"] for run in its], 4)} after {spread([run["end"] for run in its], 2)}s')
+    print(
+        f'{name}, {config[name]}: {sum(run["reached"] for run in its)} of {seeds} at {target}; '
+        f'{spread([run["seconds"] for run in its], 2)}s, {spread([run["iters"] for run in its], 0)} updates; '
+        f'with compilation {spread([run["seconds"] + run["compilation"] for run in its], 2)}s; '
+        f'loss at the end {spread([run["loss"] for run in its], 4)} after {spread([run["end"] for run in its], 2)}s'
+    )
 pairs = list(zip(runs['baseline'], runs['contender']))
-for words, key in (('', lambda run: run['seconds']), (' with compilation', lambda run: run['seconds'] + run['compilation'])):
+for words, key in (
+    ('', lambda run: run['seconds']),
+    (' with compilation', lambda run: run['seconds'] + run['compilation']),
+):
     print(f'time of the contender over that of the baseline{words}: {spread([key(b) / key(a) for a, b in pairs], 3)}')
 
 figure = Figure(figsize=(8, 5), dpi=120)
@@ -94,7 +109,14 @@ FigureCanvasAgg(figure)
 axes = figure.add_subplot()
 for n, (name, its) in enumerate(runs.items()):
     for i, run in enumerate(its):
-        axes.plot(*zip(*run['curve']), color=f'C{n}', alpha=0.7, marker='o', markersize=2, label=None if i else f'{name}: {config[name]}')
+        axes.plot(
+            *zip(*run['curve']),
+            color=f'C{n}',
+            alpha=0.7,
+            marker='o',
+            markersize=2,
+            label=None if i else f'{name}: {config[name]}',
+        )
 axes.axhline(target, color='gray', linestyle='--', linewidth=0.8, label=f'{target}')
 axes.set_xlabel('training time (s)')
 axes.set_ylabel('validation loss (nats a token)')

@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")"
 ./quickstart.sh --install
 .venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet .
 exec .venv/bin/python -m pytest -n 2 -m 'not gpu' "$@"

@@ -2,6 +2,7 @@
 every checkpoint: {'kind': 'char', 'chars': 'abc…'}, {'kind': 'byte'}, {'kind': 'gpt2'}, and, with the text of a tokenizer.json of the
 tokenizers library, {'kind': 'bpe', 'json': '…'} for one trained here and {'kind': 'tokenizers', 'json': '…', 'end_of_text': '</s>'} for
 any other; its 'end_of_text' may be missing."""
+
 import functools
 import hashlib
 import json
@@ -30,6 +31,7 @@ def replace_surrogates(text):
 
 class CharTokenizer:
     """One id a character, in the order of `chars`. Decoding what was encoded gives the same text back."""
+
     end_of_text = None  # the id that ends a text, where there is one
 
     def __init__(self, chars):
@@ -52,8 +54,10 @@ class CharTokenizer:
         unknown = (ids < 0) | (codes >= len(self.ids))
         if unknown.any():
             position = int(unknown.argmax())
-            raise ValueError(f'the character {text[position]!r} at position {position} is not among the '
-                             f'{self.vocab_size} that the model knows: {one_line(repr(self.chars), 200)}')
+            raise ValueError(
+                f'the character {text[position]!r} at position {position} is not among the '
+                f'{self.vocab_size} that the model knows: {one_line(repr(self.chars), 200)}'
+            )
         return ids
 
     def decode(self, ids):
@@ -70,14 +74,19 @@ class CharTokenizer:
 
 class ByteTokenizer:
     """UTF-8: the ids 0 to 255 are bytes, 256 ends a text. It knows every text, and nothing has to be learned for it."""
+
     vocab_size, end_of_text = 257, 256
 
     def encode(self, text, special=False):
         """text -> ids, an int array. special=True reads '<|endoftext|>' as the one token, else it is text like any other. A lone
         surrogate, which UTF-8 has no bytes for, becomes U+FFFD."""
         text = replace_surrogates(text)
-        rows = [np.frombuffer(part.encode(), dtype=np.uint8) for part in (text.split(END_OF_TEXT) if special else [text])]
-        return np.concatenate([rows[0], *(np.concatenate(([self.end_of_text], row)) for row in rows[1:])]).astype(np.int32)
+        rows = [
+            np.frombuffer(part.encode(), dtype=np.uint8) for part in (text.split(END_OF_TEXT) if special else [text])
+        ]
+        return np.concatenate([rows[0], *(np.concatenate(([self.end_of_text], row)) for row in rows[1:])]).astype(
+            np.int32
+        )
 
     def decode(self, ids):
         """ids -> text; bytes that are not UTF-8 become U+FFFD."""
@@ -103,7 +112,9 @@ class TiktokenTokenizer:
         surrogate, which UTF-8 has no bytes for, becomes U+FFFD."""
         text = replace_surrogates(text)
         try:
-            ids = self.bpe.encode_to_numpy(text, **{'allowed_special': 'all'} if special else {'disallowed_special': ()})
+            ids = self.bpe.encode_to_numpy(
+                text, **{'allowed_special': 'all'} if special else {'disallowed_special': ()}
+            )
         except ValueError:  # a million of white space in a row is more than its pattern can match
             half = len(text) // 2
             if not half:
@@ -117,7 +128,9 @@ class TiktokenTokenizer:
 
     def token_bytes(self):
         """The length of each token in bytes, 0 for the end of text -> int array (vocab_size,)."""
-        return np.array([0 if i == self.end_of_text else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.vocab_size)])
+        return np.array(
+            [0 if i == self.end_of_text else len(self.bpe.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
+        )
 
     def spec(self):
         return self._spec
@@ -131,8 +144,10 @@ def load_gpt2():
     except UserError:
         raise
     except Exception as error:  # requests' errors, OSError or ValueError, by what went wrong on the way
-        raise UserError('tiktoken cannot load the GPT-2 vocabulary; it needs the network once, or TIKTOKEN_CACHE_DIR '
-                        f'naming a folder that has it ({type(error).__name__})') from error
+        raise UserError(
+            'tiktoken cannot load the GPT-2 vocabulary; it needs the network once, or TIKTOKEN_CACHE_DIR '
+            f'naming a folder that has it ({type(error).__name__})'
+        ) from error
     return TiktokenTokenizer(bpe, GPT2_SPEC)
 
 
@@ -149,12 +164,20 @@ def load_bpe(json_text):
         end_of_text = vocab[END_OF_TEXT]
         byte_of = {char: byte for byte, char in enumerate(byte_characters())}
         ranks = {bytes(byte_of[char] for char in token): id for token, id in vocab.items() if token != END_OF_TEXT}
-        if (not all(type(id) is int for id in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab)))
-                or not all(bytes((byte,)) in ranks for byte in range(256)) or b'' in ranks):
+        if (
+            not all(type(id) is int for id in vocab.values())
+            or sorted(vocab.values()) != list(range(len(vocab)))
+            or not all(bytes((byte,)) in ranks for byte in range(256))
+            or b'' in ranks
+        ):
             raise ValueError('its ids have gaps, or bytes have none')
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
-        raise ValueError(f'not the tokenizer.json of a byte-level BPE trained here: {one_line(repr(error), 100)}') from error
-    bpe = tiktoken.Encoding('bpe', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text})
+        raise ValueError(
+            f'not the tokenizer.json of a byte-level BPE trained here: {one_line(repr(error), 100)}'
+        ) from error
+    bpe = tiktoken.Encoding(
+        'bpe', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
+    )
     return TiktokenTokenizer(bpe, {'kind': 'bpe', 'json': json_text})
 
 
@@ -179,13 +202,23 @@ def train_bpe(texts, vocab_size):
         raise UserError(f'--vocab_size={vocab_size}: must be from 257 (256 bytes and the end of text) to 1,000,000')
     import_tokenizers('training a BPE')
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError(f'--vocab_size={vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only, ask for no more')
+        raise UserError(
+            f'--vocab_size={vocab_size}: the text is enough for {tokenizer.get_vocab_size()} only, ask for no more'
+        )
     return {'kind': 'bpe', 'json': tokenizer.to_str()}
 
 
@@ -214,7 +247,10 @@ class HuggingFaceTokenizer:
         """end_of_text: the token that ends a text; without it '<|endoftext|>', if there is such a token. ValueError if this is no
         tokenizer, or has no such token."""
         tokenizers = import_tokenizers('this tokenizer')
-        self.json, self._spec = json, {'kind': 'tokenizers', 'json': json, **({'end_of_text': end_of_text} if end_of_text else {})}
+        self.json, self._spec = (
+            json,
+            {'kind': 'tokenizers', 'json': json, **({'end_of_text': end_of_text} if end_of_text else {})},
+        )
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the library raises plain Exception
@@ -226,7 +262,9 @@ class HuggingFaceTokenizer:
             raise ValueError(f'its ids go up to {self.vocab_size - 1}')
         self.text_vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         self.drops_unknown = drops_unknown(json)
-        self.special = {id: token.content for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special = {
+            id: token.content for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
+        }
         self.end_of_text = self.tokenizer.token_to_id(end_of_text or END_OF_TEXT)
         if end_of_text and self.end_of_text is None:
             raise ValueError(f'its end of text, {end_of_text!r}, is not in the vocabulary')
@@ -244,10 +282,14 @@ class HuggingFaceTokenizer:
             known = np.zeros(len(text), dtype=bool)
             for start, end in encoded.offsets:
                 known[start:end] = True
-            lost = next((position for position, char in enumerate(text) if not known[position] and not char.isspace()), None)
+            lost = next(
+                (position for position, char in enumerate(text) if not known[position] and not char.isspace()), None
+            )
             if lost is not None:
                 raise ValueError(f'the tokenizer has no token for the character {text[lost]!r} at position {lost}')
-        words = [] if special else [self.special[id] for id in self.special.keys() & set(ids) if len(self.special[id]) > 1]
+        words = (
+            [] if special else [self.special[id] for id in self.special.keys() & set(ids) if len(self.special[id]) > 1]
+        )
         if words:  # the vocabulary has them as words, too: where they are spelled, encode before and behind their first character
             cuts = [0, *(match.start() + 1 for match in re.finditer('|'.join(map(re.escape, words)), text)), len(text)]
             if len(cuts) > 2:
@@ -262,8 +304,13 @@ class HuggingFaceTokenizer:
         """The length of each token in bytes, 0 for special ones -> int array (vocab_size,); None if the tokens are not bytes of text."""
         if not is_byte_level(json.loads(self.json)):
             return None
-        added = {id: 0 if token.special else len(token.content.encode()) for id, token in self.tokenizer.get_added_tokens_decoder().items()}
-        return np.array([added[i] if i in added else len(self.tokenizer.id_to_token(i) or '') for i in range(self.vocab_size)])
+        added = {
+            id: 0 if token.special else len(token.content.encode())
+            for id, token in self.tokenizer.get_added_tokens_decoder().items()
+        }
+        return np.array(
+            [added[i] if i in added else len(self.tokenizer.id_to_token(i) or '') for i in range(self.vocab_size)]
+        )
 
     def spec(self):
         return self._spec
@@ -273,7 +320,12 @@ def drops_unknown(text):
     """Does the library pass over, without a word, what is not in the vocabulary of the tokenizer with this tokenizer.json?"""
     description = json.loads(text)
     model = description['model']
-    return not is_byte_level(description) and not model.get('unk_token') and not model.get('byte_fallback') and model.get('unk_id') is None
+    return (
+        not is_byte_level(description)
+        and not model.get('unk_token')
+        and not model.get('byte_fallback')
+        and model.get('unk_id') is None
+    )
 
 
 def is_byte_level(description):
@@ -283,13 +335,16 @@ def is_byte_level(description):
 
 # --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
 
+
 def read_tokenizer(path):
     """The spec of the tokenizer in a folder in Hugging Face's format, or in a tokenizer.json; None if the folder has none that can be read.
 
     A folder has a tokenizer.json, or GPT-2's kind of vocab.json and merges.txt. What ends a text is the eos token that the files beside it
     name, see named_end_of_text. UserError if a file cannot be read, or is not what its name says.
     """
-    folder, file = (path, os.path.join(path, 'tokenizer.json')) if os.path.isdir(path) else (os.path.dirname(path), path)
+    folder, file = (
+        (path, os.path.join(path, 'tokenizer.json')) if os.path.isdir(path) else (os.path.dirname(path), path)
+    )
     vocabulary, merges = os.path.join(folder, 'vocab.json'), os.path.join(folder, 'merges.txt')
     if os.path.exists(file):
         with user_errors(OSError, ValueError, where=f'cannot read {file}: '), open(file, encoding='utf-8') as opened:
@@ -307,11 +362,18 @@ def from_vocabulary_and_merges(folder, vocabulary, merges):
     ValueError if they are of another kind, or broken."""
     settings = read_object(folder, 'tokenizer_config.json')
     kind = settings.get('tokenizer_class')
-    if kind not in (None, 'GPT2Tokenizer', 'GPT2TokenizerFast'):  # other kinds cut text in another way, which these files do not tell
-        raise ValueError(f'they are those of a {kind}, which only a tokenizer.json describes in full: have transformers save one')
+    if kind not in (
+        None,
+        'GPT2Tokenizer',
+        'GPT2TokenizerFast',
+    ):  # other kinds cut text in another way, which these files do not tell
+        raise ValueError(
+            f'they are those of a {kind}, which only a tokenizer.json describes in full: have transformers save one'
+        )
     try:
         tokenizer = import_tokenizers('this tokenizer').ByteLevelBPETokenizer(
-            vocabulary, merges, add_prefix_space=settings.get('add_prefix_space') is True)
+            vocabulary, merges, add_prefix_space=settings.get('add_prefix_space') is True
+        )
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exception
@@ -326,7 +388,9 @@ def from_vocabulary_and_merges(folder, vocabulary, merges):
     for token in sorted(added, key=added.get):
         tokenizer.add_special_tokens([token])
         if tokenizer.token_to_id(token) != added[token]:  # the library gives a new token the next id
-            raise ValueError(f'the token {token!r} cannot have the id {added[token]} that the files beside them give it')
+            raise ValueError(
+                f'the token {token!r} cannot have the id {added[token]} that the files beside them give it'
+            )
     return tokenizer.to_str()
 
 
@@ -339,7 +403,10 @@ def named_end_of_text(folder, tokenizer):
         if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
             return token
     special = tokenizer.get_added_tokens_decoder()
-    for name in ('generation_config.json', 'config.json'):  # these tell ids; some tell GPT-2's by default, which may be any word
+    for name in (
+        'generation_config.json',
+        'config.json',
+    ):  # these tell ids; some tell GPT-2's by default, which may be any word
         ids = read_object(folder, name).get('eos_token_id')
         for id in ids if isinstance(ids, list) else [ids]:
             if type(id) is int and id in special and special[id].special:
@@ -352,7 +419,10 @@ def read_object(folder, name):
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         return {}
-    with user_errors(OSError, ValueError, RecursionError, where=f'cannot read {path}: '), open(path, encoding='utf-8') as file:
+    with (
+        user_errors(OSError, ValueError, RecursionError, where=f'cannot read {path}: '),
+        open(path, encoding='utf-8') as file,
+    ):
         content = json.load(file)
         if not isinstance(content, dict):
             raise ValueError('it holds no JSON object')
@@ -367,7 +437,10 @@ class TextStream:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.before, self.pending = [], []  # ids of the last piece, which some tokenizers need to space the next; ids not yet shown
+        self.before, self.pending = (
+            [],
+            [],
+        )  # ids of the last piece, which some tokenizers need to space the next; ids not yet shown
 
     def push(self, ids):
         """The next ids -> the text that they complete, maybe ''."""
@@ -382,7 +455,7 @@ class TextStream:
         return self.emit(self.tokenizer.decode(self.before + self.pending)) if self.pending else ''
 
     def emit(self, text):
-        piece = text[len(self.tokenizer.decode(self.before)):]
+        piece = text[len(self.tokenizer.decode(self.before)) :]
         self.before, self.pending = self.pending, []
         return piece
 
@@ -408,7 +481,9 @@ def check_known(ids, vocab_size, tokenizer):
     """Raise ValueError, naming the token, if an id is one that a model of so many ids lacks: see text_vocab_size."""
     largest = max(ids, default=0)
     if largest >= vocab_size:
-        raise ValueError(f'the model has no token {tokenizer.decode([largest])!r}: it has {vocab_size} ids, this is the id {largest}')
+        raise ValueError(
+            f'the model has no token {tokenizer.decode([largest])!r}: it has {vocab_size} ids, this is the id {largest}'
+        )
 
 
 def same_ids(spec, other):
@@ -444,7 +519,9 @@ def tokens_and_merges(spec):
     tokenizer, description = HuggingFaceTokenizer(spec['json']), json.loads(spec['json'])
     byte_of = {char: byte for byte, char in enumerate(byte_characters())} if is_byte_level(description) else {}
     ids = tokenizer.tokenizer.get_vocab()
-    tokens = {id: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token for token, id in ids.items()}
+    tokens = {
+        id: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token for token, id in ids.items()
+    }
     for id, token in tokenizer.tokenizer.get_added_tokens_decoder().items():  # these stand as they are
         tokens[id] = token.content.encode('utf-8', 'surrogatepass') if byte_of else token.content
     merges = (pair.split(' ') if isinstance(pair, str) else pair for pair in description['model'].get('merges') or ())

@@ -5,6 +5,7 @@ On one node:        torchrun --standalone --nproc_per_node=4 train.py config/tra
 On two nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py …   (on each)
 After any stop:     the same command and --init_from=resume; with --init_from=auto from the start, the same command
 """
+
 import math
 import os
 import signal
@@ -46,7 +47,7 @@ eval_interval = 2000  # updates between evaluations, each followed by a save
 log_interval = 1  # updates between lines of the log
 eval_iters = 200  # batches in an evaluation, of train and of val; 0: as many as cover val, and as many of train
 eval_only = False  # evaluate once and stop, changing nothing
-always_save_checkpoint = True  # save after every evaluation; False: only when the validation loss has improved, and at the end
+always_save_checkpoint = True  # save after every evaluation; False: only after one that is the best, and at the end
 init_from = 'scratch'  # 'scratch', 'resume', 'auto': resume if there is a run in out_dir; weights of 'gpt2', …, 'gpt2-xl' or a folder
 wandb_log = False  # also report to Weights & Biases
 wandb_project = 'owt'  # wandb project
@@ -58,7 +59,7 @@ align_documents = False  # begin windows where a document begins, if one does wi
 gradient_accumulation_steps = 5 * 8  # micro-batches in an update, all ranks together
 batch_size = 12  # windows in a micro-batch
 block_size = 1024  # tokens in a window, the model's context
-batch_ramp_from = 0  # micro-batches in the first update, a divisor of gradient_accumulation_steps; 0: all of them from the start
+batch_ramp_from = 0  # micro-batches of the first step, a divisor of gradient_accumulation_steps; 0: all of them
 batch_ramp_iters = 0  # updates over which their number grows from there to gradient_accumulation_steps
 # model: all fields of GPTConfig are settings, these are nanoGPT's
 n_layer = 12  # transformer layers
@@ -93,11 +94,38 @@ dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': 
 compile = True  # compile the model: slow to start, faster to run
 config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from'))
 
-require(config, lambda v: v >= 1, 'at least 1', 'eval_interval', 'log_interval', 'gradient_accumulation_steps',
-        'batch_size', 'block_size', 'max_skipped_iters', 'vocab_multiple')
-require(config, lambda v: 0 <= v < math.inf, 'a number from 0 on', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-        'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'patience', 'seed', 'target_val_loss', 'muon_learning_rate',
-        'batch_ramp_from', 'batch_ramp_iters', 'eval_iters')
+require(
+    config,
+    lambda v: v >= 1,
+    'at least 1',
+    'eval_interval',
+    'log_interval',
+    'gradient_accumulation_steps',
+    'batch_size',
+    'block_size',
+    'max_skipped_iters',
+    'vocab_multiple',
+)
+require(
+    config,
+    lambda v: 0 <= v < math.inf,
+    'a number from 0 on',
+    'max_iters',
+    'learning_rate',
+    'min_lr',
+    'weight_decay',
+    'grad_clip',
+    'warmup_iters',
+    'lr_decay_iters',
+    'cooldown_iters',
+    'patience',
+    'seed',
+    'target_val_loss',
+    'muon_learning_rate',
+    'batch_ramp_from',
+    'batch_ramp_iters',
+    'eval_iters',
+)
 require(config, lambda v: 0 <= v < 1, 'in [0, 1)', 'dropout', 'beta1', 'beta2', 'muon_momentum')
 require(config, lambda v: v in OPTIMIZERS, ' or '.join(map(repr, OPTIMIZERS)), 'optimizer')
 require(config, lambda v: v <= 10**7, 'at most 10,000,000', 'batch_ramp_iters')
@@ -105,7 +133,9 @@ if optimizer == 'muon' and not learning_rate:
     raise UserError('--learning_rate=0: Muon follows the schedule of AdamW, which must have one; choose a rate above 0')
 require(config, lambda v: v in ('random', 'shuffle'), "'random' or 'shuffle'", 'data_order')
 if 'vocab_size' in config.given:
-    raise UserError('--vocab_size: the data set decides how many ids there are; --vocab_multiple= rounds their number up')
+    raise UserError(
+        '--vocab_size: the data set decides how many ids there are; --vocab_multiple= rounds their number up'
+    )
 dataset = config['dataset'] = dataset_name(dataset)
 
 # --- device and ranks -----------------------------------------------------------------------------------------------------
@@ -115,12 +145,16 @@ if bool(batch_ramp_from) != bool(batch_ramp_iters):
     raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')
 batch_ramp_from = batch_ramp_from or gradient_accumulation_steps
 if gradient_accumulation_steps % batch_ramp_from:
-    raise UserError(f'--batch_ramp_from={batch_ramp_from}: must divide --gradient_accumulation_steps={gradient_accumulation_steps}')
+    raise UserError(
+        f'--batch_ramp_from={batch_ramp_from}: must divide --gradient_accumulation_steps={gradient_accumulation_steps}'
+    )
 for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
     w = ranks.world_size
     if config[key] % w and not eval_only:
         lower = config[key] // w * w
-        raise UserError(f'--{key}={config[key]} cannot be divided among {w} ranks: use {f"{lower} or " if lower else ""}{lower + w}')
+        raise UserError(
+            f'--{key}={config[key]} cannot be divided among {w} ranks: use {f"{lower} or " if lower else ""}{lower + w}'
+        )
 device = pick_device(device, ranks)
 keep_memory(device)  # before there are threads
 dtype = pick_dtype(dtype, device)
@@ -144,9 +178,13 @@ def warn(text):
 if decay_lr and not eval_only and 0 < learning_rate < min_lr:
     warn(f'--learning_rate={learning_rate} is below --min_lr={min_lr}: it will grow where it should decay')
 if decay_lr and not eval_only and 0 < max_iters < warmup_iters:
-    warn(f'--warmup_iters={warmup_iters} is longer than the run of --max_iters={max_iters}: the learning rate will not be reached')
+    warn(
+        f'--warmup_iters={warmup_iters} is longer than the run of --max_iters={max_iters}: the learning rate will not be reached'
+    )
 if init_from == 'auto':
-    init_from = config['init_from'] = 'resume' if ranks.sum([float(ranks.is_main and has_run(out_dir))])[0] else 'scratch'
+    init_from = config['init_from'] = (
+        'resume' if ranks.sum([float(ranks.is_main and has_run(out_dir))])[0] else 'scratch'
+    )
 if init_from == 'resume' and has_run(out_dir) and ranks.is_main and not eval_only:
     prepare_out_dir(out_dir)  # nobody else writes there between reading and going on
 
@@ -157,7 +195,7 @@ with user_errors(ValueError, where=f'{data_dir}/meta: '):
     tokenizer = spec_from_meta(meta)
     vocab_size = spec_vocab_size(tokenizer) if tokenizer else meta['nanogpt']['vocab_size']
 if not meta:
-    say(f'{data_dir} does not say what its ids mean: they are taken for GPT-2\'s, as in nanoGPT')
+    say(f"{data_dir} does not say what its ids mean: they are taken for GPT-2's, as in nanoGPT")
 end_of_text = spec_end_of_text(tokenizer) if align_documents and tokenizer else None
 if align_documents and end_of_text is None:
     raise UserError(f'--align_documents=True: {data_dir} has no token that ends a document')
@@ -168,28 +206,63 @@ seed_all(seed)
 model, resumed = initial_model(config, data_dir, tokenizer, vocab_size)
 if model.config.vocab_size < vocab_size:  # a tokenizer may know ids that its model lacks: none of them may occur
     train_tokens, val_tokens = (Tokens(data_dir, split, meta, model.config.vocab_size) for split in ('train', 'val'))
-progress = resumed or {'iter_num': 0, 'best_val_loss': math.inf, 'best_iter': 0, 'evaluated_at': -1, 'seconds': 0.0, 'windows_taken': 0}
+progress = resumed or {
+    'iter_num': 0,
+    'best_val_loss': math.inf,
+    'best_iter': 0,
+    'evaluated_at': -1,
+    'seconds': 0.0,
+    'windows_taken': 0,
+}
 iter_num, best_val_loss, best_iter, evaluated_at, seconds_before, windows_taken = (  # iter_num counts the steps made
-    progress[key] for key in ('iter_num', 'best_val_loss', 'best_iter', 'evaluated_at', 'seconds', 'windows_taken'))
+    progress[key] for key in ('iter_num', 'best_val_loss', 'best_iter', 'evaluated_at', 'seconds', 'windows_taken')
+)
 config.update({key: getattr(model.config, key) for key in (*SHAPE, 'vocab_size')})
 block_size = model.config.block_size
 text = {'train': text_checksum(train_tokens), 'val': text_checksum(val_tokens)}
 if resumed:
     before = resumed['config']
-    changed = [f'{key} {old!r} -> {config[key]!r}' for key, old in before.items()
-               if key in config and key not in ('init_from', 'eval_only') and config[key] != old]
-    say(f'resuming the run in {out_dir} after {iter_num} updates' + (f', with changed settings: {", ".join(changed)}' if changed else ''))
+    changed = [
+        f'{key} {old!r} -> {config[key]!r}'
+        for key, old in before.items()
+        if key in config and key not in ('init_from', 'eval_only') and config[key] != old
+    ]
+    say(
+        f'resuming the run in {out_dir} after {iter_num} updates'
+        + (f', with changed settings: {", ".join(changed)}' if changed else '')
+    )
     if before.get('optimizer', 'adamw') != optimizer and not eval_only:
-        raise UserError(f'--optimizer={optimizer}: the run in {out_dir} has the state of {before.get("optimizer", "adamw")}; --init_from='
-                        f'{out_dir} with another --out_dir starts a new run from its weights')
+        raise UserError(
+            f'--optimizer={optimizer}: the run in {out_dir} has the state of {before.get("optimizer", "adamw")}; --init_from='
+            f'{out_dir} with another --out_dir starts a new run from its weights'
+        )
     if resumed.get('text', text) != text or dataset_name(str(before.get('dataset', dataset))) != dataset:
-        say(f'{data_dir} is not the text that the run in {out_dir} was trained on until here: the best loss is searched anew')
+        say(
+            f'{data_dir} is not the text that the run in {out_dir} was trained on until here: the best loss is searched anew'
+        )
         best_val_loss, best_iter, evaluated_at, windows_taken = math.inf, iter_num, -1, 0
-    elif windows_taken is None and data_order == 'shuffle' and any(
-            before.get(key, config[key]) != config[key] for key in ('batch_size', 'gradient_accumulation_steps')):
-        warn(f'the run in {out_dir} does not say how far it has read its text, and its batches had another size: some of it may come twice')
-batches = TrainBatches(train_tokens, block_size, batch_size, gradient_accumulation_steps, seed, data_order, ranks, device, iter_num,
-                       (batch_ramp_from, batch_ramp_iters), end_of_text, windows_taken)
+    elif (
+        windows_taken is None
+        and data_order == 'shuffle'
+        and any(before.get(key, config[key]) != config[key] for key in ('batch_size', 'gradient_accumulation_steps'))
+    ):
+        warn(
+            f'the run in {out_dir} does not say how far it has read its text, and its batches had another size: some of it may come twice'
+        )
+batches = TrainBatches(
+    train_tokens,
+    block_size,
+    batch_size,
+    gradient_accumulation_steps,
+    seed,
+    data_order,
+    ranks,
+    device,
+    iter_num,
+    (batch_ramp_from, batch_ramp_iters),
+    end_of_text,
+    windows_taken,
+)
 if not eval_only:
     x, y = batches.next()
 val_tokens.require_window(block_size)
@@ -201,7 +274,9 @@ optimizer = make_optimizer(model, config, ranks, dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if resumed and not eval_only:
     buffers = load_optimizer_buffers(resumed, out_dir)
-    with user_errors(ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state of the run in {out_dir}: '):
+    with user_errors(
+        ValueError, TypeError, KeyError, RuntimeError, where=f'the optimizer state of the run in {out_dir}: '
+    ):
         load_optimizer_state(optimizer, buffers['optimizer'])
         if scaler.is_enabled() and buffers.get('scaler'):
             scaler.load_state_dict(buffers['scaler'])
@@ -213,9 +288,11 @@ if resumed and evaluated_at == iter_num >= max_iters and not eval_only:
 
 # --- compile and wrap -----------------------------------------------------------------------------------------------------
 tokens_per_micro_batch = batch_size * block_size
-say(f'{model.num_params():,} parameters, {gradient_accumulation_steps * tokens_per_micro_batch:,} tokens an update, '
+say(
+    f'{model.num_params():,} parameters, {gradient_accumulation_steps * tokens_per_micro_batch:,} tokens an update, '
     f'{len(train_tokens):,} to train on; '
-    f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}')
+    f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}'
+)
 raw_model = model  # what is evaluated and saved: without the ranks' wrapper
 if ranks.world_size > 1:
     model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -232,7 +309,9 @@ watch.lap('start')
 raw_model.train()
 if compile and not eval_only:
     say('compiling the model, this can take a minute (--compile=False goes without) ...')
-    compile_or_stay_eager(raw_model, try_once)  # in place, and tried inside the wrapper, which then overlaps backward and exchange
+    compile_or_stay_eager(
+        raw_model, try_once
+    )  # in place, and tried inside the wrapper, which then overlaps backward and exchange
     watch.lap('compilation')
 
 # --- output ---------------------------------------------------------------------------------------------------------------
@@ -278,11 +357,23 @@ def save(is_best=False):
     if not ranks.is_main:
         return
     if not all(parameter.isfinite().all() for parameter in parameters):
-        raise UserError(f'the weights are not finite after {iter_num} updates, nothing was saved: lower --learning_rate, and go on from '
-                        'the last save with --init_from=resume')
-    state = {**model_entry(raw_model), 'config': dict(config), 'tokenizer': tokenizer, 'iter_num': iter_num,
-             'best_val_loss': best_val_loss, 'best_iter': best_iter, 'evaluated_at': evaluated_at, 'seconds': training_seconds(),
-             'windows_taken': batches.taken(iter_num), 'text': text, 'wandb_id': log.wandb_id}
+        raise UserError(
+            f'the weights are not finite after {iter_num} updates, nothing was saved: lower --learning_rate, and go on from '
+            'the last save with --init_from=resume'
+        )
+    state = {
+        **model_entry(raw_model),
+        'config': dict(config),
+        'tokenizer': tokenizer,
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'best_iter': best_iter,
+        'evaluated_at': evaluated_at,
+        'seconds': training_seconds(),
+        'windows_taken': batches.taken(iter_num),
+        'text': text,
+        'wandb_id': log.wandb_id,
+    }
     save_checkpoint(out_dir, state, {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}, is_best)
 
 
@@ -297,8 +388,14 @@ trained = [p for p in parameters if p.requires_grad]
 watched = [p for p in trained if p.dim() == 2] or trained
 watched = watched[len(watched) // 2]  # one matrix, in the middle, stands for all
 flops_per_token, peak = raw_model.flops_per_token(), peak_flops(device, dtype)
-skipped = longest = torch.zeros((), device=device)  # updates in a row that were not finite: on the device, so that no one waits for it
-clipped, unlogged, tokens = torch.zeros((), device=device), 0, 0  # updates, all updates and tokens since the last line of the log
+skipped = longest = torch.zeros(
+    (), device=device
+)  # updates in a row that were not finite: on the device, so that no one waits for it
+clipped, unlogged, tokens = (
+    torch.zeros((), device=device),
+    0,
+    0,
+)  # updates, all updates and tokens since the last line of the log
 logged_seconds = 0.0  # training time until that line
 first_iter = iter_num
 watch.lap('start')
@@ -317,15 +414,28 @@ while True:
             due, stopping = False, not skipped
         else:
             if not math.isfinite(losses['val']):
-                raise UserError(f'the validation loss is {losses["val"]} after {iter_num} updates: lower --learning_rate, or use '
-                                '--dtype=float32; nothing was saved from here on')
-            log.evaluation({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                            'seconds': training_seconds()})
+                raise UserError(
+                    f'the validation loss is {losses["val"]} after {iter_num} updates: lower --learning_rate, or use '
+                    '--dtype=float32; nothing was saved from here on'
+                )
+            log.evaluation(
+                {
+                    'iter': iter_num,
+                    'train/loss': losses['train'],
+                    'val/loss': losses['val'],
+                    'seconds': training_seconds(),
+                }
+            )
             evaluated_at, is_best = iter_num, losses['val'] < best_val_loss
             if is_best:
                 best_val_loss, best_iter = losses['val'], iter_num
-    early = ('no lower validation loss in as many evaluations as --patience says' if 0 < patience * eval_interval <= iter_num - best_iter
-             else f'the validation loss is down to --target_val_loss={target_val_loss}' if best_val_loss <= target_val_loss > 0 else '')
+    early = (
+        'no lower validation loss in as many evaluations as --patience says'
+        if 0 < patience * eval_interval <= iter_num - best_iter
+        else f'the validation loss is down to --target_val_loss={target_val_loss}'
+        if best_val_loss <= target_val_loss > 0
+        else ''
+    )
     finished = iter_num >= max_iters or bool(early)
     if stopping or due and (is_best or always_save_checkpoint or finished):
         save(is_best)
@@ -334,14 +444,20 @@ while True:
         break
 
     # forward and backward, over this rank's micro-batches
-    lr = learning_rate_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, cooldown_iters) if decay_lr else learning_rate
+    lr = (
+        learning_rate_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, cooldown_iters)
+        if decay_lr
+        else learning_rate
+    )
     for group in optimizer.param_groups:
         group['lr'] = group['initial_lr'] * (lr / learning_rate if learning_rate else 0.0)
     micro_batches = batches.micro_batches_at(iter_num)  # of all ranks
     mean_loss = torch.zeros((), device=device)
     for micro in range(ranks.rank, micro_batches, ranks.world_size):
         if ranks.world_size > 1:
-            model.require_backward_grad_sync = micro + ranks.world_size >= micro_batches  # ranks exchange gradients once an update
+            model.require_backward_grad_sync = (
+                micro + ranks.world_size >= micro_batches
+            )  # ranks exchange gradients once an update
         if dropout:
             seed_all(seed, iter_num, micro)
         with autocast(device, dtype):
@@ -370,9 +486,11 @@ while True:
     tokens += micro_batches * tokens_per_micro_batch
     iter_num += 1
     if (log_due or iter_num % max_skipped_iters == 0) and longest >= max_skipped_iters:
-        raise UserError(f'loss or gradient was not finite in {int(longest)} updates in a row, by update {iter_num - 1}: lower '
-                        '--learning_rate, raise --warmup_iters, or use --dtype=float32, and go on from the last save by '
-                        '--init_from=resume')
+        raise UserError(
+            f'loss or gradient was not finite in {int(longest)} updates in a row, by update {iter_num - 1}: lower '
+            '--learning_rate, raise --warmup_iters, or use --dtype=float32, and go on from the last save by '
+            '--init_from=resume'
+        )
     watch.lap('optimizer')
 
     # log: the one place where the host waits for an accelerator
@@ -381,14 +499,22 @@ while True:
         watch.lap('optimizer')
         seconds = training_seconds() - seconds_before
         elapsed, logged_seconds = seconds - logged_seconds, seconds
-        log.update({
-            'iter': iter_num - 1, 'loss': mean_loss, 'lr': optimizer.param_groups[0]['lr'],
-            'time_ms': 1000 * elapsed / unlogged, 'tokens_per_s': tokens / elapsed,
-            'mfu': flops_per_token * tokens / elapsed / (peak * ranks.world_size) if peak else None,
-            'grad_norm': grad_norm, 'clipped': clipped.item() / unlogged, 'update_ratio': update_ratio(watched, before),
-            'skipped': int(skipped),
-            'left_s': (max_iters - iter_num) * (seconds / (iter_num - first_iter) + watch.mean('evaluation', 'saving') / eval_interval),
-        })
+        log.update(
+            {
+                'iter': iter_num - 1,
+                'loss': mean_loss,
+                'lr': optimizer.param_groups[0]['lr'],
+                'time_ms': 1000 * elapsed / unlogged,
+                'tokens_per_s': tokens / elapsed,
+                'mfu': flops_per_token * tokens / elapsed / (peak * ranks.world_size) if peak else None,
+                'grad_norm': grad_norm,
+                'clipped': clipped.item() / unlogged,
+                'update_ratio': update_ratio(watched, before),
+                'skipped': int(skipped),
+                'left_s': (max_iters - iter_num)
+                * (seconds / (iter_num - first_iter) + watch.mean('evaluation', 'saving') / eval_interval),
+            }
+        )
         clipped.zero_()
         unlogged = tokens = 0
         watch.lap('logging')
@@ -396,7 +522,9 @@ while True:
 # --- the end --------------------------------------------------------------------------------------------------------------
 log.close()
 say('time: ' + ', '.join(f'{name} {seconds:.1f}s' for name, seconds in watch.seconds.items()))
-status = 128 + (stop.received or signal.SIGTERM) if stopping else 0  # the shell's status for a program that a signal ended
+status = (
+    128 + (stop.received or signal.SIGTERM) if stopping else 0
+)  # the shell's status for a program that a signal ended
 if stopping:
     say(f'stopped after {iter_num} updates, all saved; to go on: {stop.resume_command(ranks)}')
 else:

@@ -36,5 +36,7 @@ warmup_iters = 5
 min_lr = 0.0
 
 device = 'cpu'
-dtype = 'bfloat16' if getattr(torch.cpu, '_is_avx512_bf16_supported', bool)() else 'float32'  # where the processor multiplies it
+dtype = (
+    'bfloat16' if getattr(torch.cpu, '_is_avx512_bf16_supported', bool)() else 'float32'
+)  # where the processor multiplies it
 compile = True

@@ -1,4 +1,5 @@
 """Fetching a file that a data set is made from, once, and checking that it is the right one."""
+
 import hashlib
 import os
 import time
@@ -16,12 +17,16 @@ def download(url, path, sha256, tries=3, timeout=10):
     if os.path.exists(path):
         if file_sha256(path) == sha256:
             return
-        raise UserError(f'{path} is there already and is not what {url} holds: move it away, or give it as --input={path}')
+        raise UserError(
+            f'{path} is there already and is not what {url} holds: move it away, or give it as --input={path}'
+        )
     try:
         import requests
         from tqdm import tqdm
     except ImportError as error:
-        raise UserError(f'downloading needs the package {error.name}: pip install {error.name}, or give --input=FILE') from error
+        raise UserError(
+            f'downloading needs the package {error.name}: pip install {error.name}, or give --input=FILE'
+        ) from error
     for attempt in range(tries):
         try:
             with requests.get(url, stream=True, timeout=timeout) as response:
@@ -40,7 +45,9 @@ def download(url, path, sha256, tries=3, timeout=10):
             problem = error
             if attempt < tries - 1:
                 time.sleep(attempt + 1)
-    raise UserError(f'cannot download {url}: {one_line(str(problem), 120)}; try again, or give the text with --input=FILE')
+    raise UserError(
+        f'cannot download {url}: {one_line(str(problem), 120)}; try again, or give the text with --input=FILE'
+    )
 
 
 def file_sha256(path):

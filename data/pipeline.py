@@ -9,6 +9,7 @@ Memory holds a few units of text (see sources.py), whatever the size of the whol
 The same command goes on from there. When all is done, an earlier preparation's files are deleted and the new ones move up, meta.json
 first: until the last one has moved, some are missing, and training refuses; and the same command again moves the rest.
 """
+
 import hashlib
 import itertools
 import json
@@ -49,7 +50,9 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
         if value < 0:
             raise UserError(f'--{name}={value}: must be 0 or more')
     if max_tokens and source.cut is not None:
-        raise UserError('--max_tokens: takes the first of many documents; of a single text, or a few, cut off what you do not want')
+        raise UserError(
+            '--max_tokens: takes the first of many documents; of a single text, or a few, cut off what you do not want'
+        )
     spec = None if kind in KINDS else read_foreign(kind, source)
     which = hashlib.sha256(json.dumps(spec).encode()).hexdigest() if spec else kind
     vocab_size = vocab_size if kind == 'bpe' else 0
@@ -78,20 +81,28 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
             raise
         finally:
             unlock_folder(folder)
-    print(f'{shortest(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
-          f'vocabulary of {meta["vocab_size"]:,}')
+    print(
+        f'{shortest(out_dir)}: {meta["tokens"]["train"]:,} train and {meta["tokens"]["val"]:,} val tokens, '
+        f'vocabulary of {meta["vocab_size"]:,}'
+    )
 
 
 def read_foreign(path, source):
     """The spec of a Hugging Face tokenizer, given by its folder or its tokenizer.json, that a source is to be encoded with."""
     if not os.path.exists(path):
-        raise UserError(f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, or its folder')
+        raise UserError(
+            f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, or its folder'
+        )
     spec = read_tokenizer(path)
     if not spec:
-        raise UserError(f'--tokenizer={path}: there is no tokenizer.json in it, nor GPT-2\'s kind of vocab.json and merges.txt')
+        raise UserError(
+            f"--tokenizer={path}: there is no tokenizer.json in it, nor GPT-2's kind of vocab.json and merges.txt"
+        )
     if not source.single and spec_end_of_text(spec) is None:
-        raise UserError(f'--tokenizer={path}: there is no telling which token ends a document: name it as "eos_token" in a '
-                        'tokenizer_config.json beside the tokenizer')
+        raise UserError(
+            f'--tokenizer={path}: there is no telling which token ends a document: name it as "eos_token" in a '
+            'tokenizer_config.json beside the tokenizer'
+        )
     return spec
 
 
@@ -105,7 +116,9 @@ def prepare(folder, source, kind, spec, settings, workers):
     if not setup:
         for entry in os.scandir(folder):
             if entry.name != LOCK:
-                with suppress(OSError):  # NFS keeps what is open elsewhere; one that is in the way is told of when it is to be written
+                with suppress(
+                    OSError
+                ):  # NFS keeps what is open elsewhere; one that is in the way is told of when it is to be written
                     delete = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove
                     delete(entry.path)
         setup = {'settings': settings, 'tokenizer': spec or make_tokenizer(kind, source, vocab_size)}
@@ -144,7 +157,7 @@ def train_texts(source, part, length=10000):
         for piece in pieces_of(unit, source.text_key):
             if split_of(piece, threshold_of(source))[0] == 'train':
                 for start in range(0, len(piece.text), length):
-                    yield piece.text[start:start + length]
+                    yield piece.text[start : start + length]
 
 
 def progress_over(source, units, what):
@@ -164,7 +177,9 @@ def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
     """Encode the whole source into shards in a folder, from where progress.json tells -> the data set's description."""
     with user_errors(ValueError, where=f'{folder}/setup.json is damaged, delete {folder} to start anew: '):
         tokenizer = load_tokenizer(spec)
-    separator = [] if source.single else tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
+    separator = (
+        [] if source.single else tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
+    )
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
     threshold = threshold_of(source)
     while True:
@@ -180,10 +195,15 @@ def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
         if not any(split['tokens'] for split in made.state['splits'].values()):
             raise UserError('there is no text in the input')
         if smallest == largest:
-            raise UserError('the input holds fewer than two different documents, too few to split into training and validation text; '
-                            'a single text is split if it is given as a text file')
+            raise UserError(
+                'the input holds fewer than two different documents, too few to split into training and validation text; '
+                'a single text is split if it is given as a text file'
+            )
         threshold = min(max(threshold, smallest + 1), largest)
-    numbers = {name: {split: counts[name] for split, counts in made.state['splits'].items()} for name in ('tokens', 'documents', 'bytes')}
+    numbers = {
+        name: {split: counts[name] for split, counts in made.state['splits'].items()}
+        for name in ('tokens', 'documents', 'bytes')
+    }
     return {'tokenizer': spec, 'vocab_size': tokenizer.vocab_size, 'dtype': dtype.name, **numbers}
 
 
@@ -206,8 +226,12 @@ def encode_rest(source, job, made, workers):
                     made.save()
                     saved = now
                 if made.max_tokens:
-                    bar.total = min(source.total or sys.maxsize, made.progress * made.max_tokens // max(1, made.train_tokens))
-                bar.set_postfix_str(f'{(made.train_tokens - tokens_before) / (now - started) / 1e6:.2f}M tokens/s', refresh=False)
+                    bar.total = min(
+                        source.total or sys.maxsize, made.progress * made.max_tokens // max(1, made.train_tokens)
+                    )
+                bar.set_postfix_str(
+                    f'{(made.train_tokens - tokens_before) / (now - started) / 1e6:.2f}M tokens/s', refresh=False
+                )
                 bar.update(made.progress - bar.n)
                 if made.is_full:
                     break
@@ -227,11 +251,19 @@ class Made:
         """Where progress.json tells, or else at the start, with this threshold between the splits."""
         self.folder, self.itemsize, self.max_tokens = folder, itemsize, max_tokens
         self.path = os.path.join(folder, 'progress.json')
-        self.state = read_json(self.path, {'position': (dict, type(None)), 'threshold': int, 'hashes': list, 'splits': dict}) or {
-            'position': None, 'threshold': threshold, 'hashes': [],  # the smallest and the largest of the documents' hashes
-            'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS}}
+        self.state = read_json(
+            self.path, {'position': (dict, type(None)), 'threshold': int, 'hashes': list, 'splits': dict}
+        ) or {
+            'position': None,
+            'threshold': threshold,
+            'hashes': [],  # the smallest and the largest of the documents' hashes
+            'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS},
+        }
         with user_errors(KeyError, TypeError, where=f'{self.path} is damaged, delete {folder} to start anew: '):
-            self.shards = {split: Shards(folder, split, itemsize, shard_tokens, self.state['splits'][split]['tokens']) for split in SPLITS}
+            self.shards = {
+                split: Shards(folder, split, itemsize, shard_tokens, self.state['splits'][split]['tokens'])
+                for split in SPLITS
+            }
 
     @property
     def train_tokens(self):
@@ -253,10 +285,18 @@ class Made:
         for split, part in encoded.items():
             counts = self.state['splits'][split]
             self.shards[split].append(part.ids)
-            splits[split] = {'tokens': counts['tokens'] + len(part.ids) // self.itemsize, 'documents': counts['documents'] + part.documents,
-                             'bytes': counts['bytes'] + part.text_bytes}
+            splits[split] = {
+                'tokens': counts['tokens'] + len(part.ids) // self.itemsize,
+                'documents': counts['documents'] + part.documents,
+                'bytes': counts['bytes'] + part.text_bytes,
+            }
             hashes += part.hashes
-        self.state = {**self.state, 'position': unit.position, 'splits': splits, 'hashes': [min(hashes), max(hashes)] if hashes else []}
+        self.state = {
+            **self.state,
+            'position': unit.position,
+            'splits': splits,
+            'hashes': [min(hashes), max(hashes)] if hashes else [],
+        }
 
     def save(self):
         """Have the shards on the disk, then the state."""
@@ -282,8 +322,10 @@ class Made:
             whole = min(whole, self.max_tokens * self.itemsize) if total else self.max_tokens * self.itemsize
         free = shutil.disk_usage(self.folder).free
         if whole - written > free:
-            raise UserError(f'{self.folder}: about {(whole - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: '
-                            'make room, and run the same command again')
+            raise UserError(
+                f'{self.folder}: about {(whole - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: '
+                'make room, and run the same command again'
+            )
 
 
 class Shards:
@@ -302,7 +344,9 @@ class Shards:
         for n in range(keep):
             length = min(self.size - n * self.shard_bytes, self.shard_bytes)
             if not os.path.exists(self.path(n)) or os.path.getsize(self.path(n)) < length:
-                raise UserError(f'{self.path(n)} is missing or was cut short: delete {folder}, and run the same command again')
+                raise UserError(
+                    f'{self.path(n)} is missing or was cut short: delete {folder}, and run the same command again'
+                )
         self.file = None
         if keep:
             self.file = open(self.path(keep - 1), 'r+b')
@@ -319,10 +363,10 @@ class Shards:
             if at == 0:
                 self.close()
                 self.file = open(self.path(n), 'wb')
-            piece = ids[:self.shard_bytes - at]
+            piece = ids[: self.shard_bytes - at]
             self.file.write(piece)
             self.size += len(piece)
-            ids = ids[len(piece):]
+            ids = ids[len(piece) :]
 
     def sync(self):
         """Have all that was appended on the disk."""
@@ -385,15 +429,19 @@ def writing(out_dir):
     try:
         yield
     except OSError as error:
-        raise UserError(f'cannot write {error.filename or out_dir}: {error.strerror or error}; mend that, and run the same command '
-                        'again') from error
+        raise UserError(
+            f'cannot write {error.filename or out_dir}: {error.strerror or error}; mend that, and run the same command '
+            'again'
+        ) from error
 
 
 def read_json(path, wanted):
     """The content of a JSON file of ours, None if there is none. UserError unless it is a dict with the wanted keys, of these types."""
     if not os.path.exists(path):
         return None
-    with user_errors(OSError, ValueError, RecursionError, where=f'{path} is damaged, delete {os.path.dirname(path)} to start anew: '):
+    with user_errors(
+        OSError, ValueError, RecursionError, where=f'{path} is damaged, delete {os.path.dirname(path)} to start anew: '
+    ):
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
         if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in wanted.items()):

@@ -3,6 +3,7 @@
 A source hands out units: pieces of about a megabyte, in a fixed order, each with the position at which reading goes on after it.
 Reading from a position gives the same units as reading from the start, so that an interrupted preparation can go on from its last one.
 """
+
 import codecs
 import csv
 import gzip
@@ -25,15 +26,49 @@ UNIT = 2**20  # characters or bytes in a unit, about
 ROWS = 256  # of a table, read at once
 LARGEST_ELEMENT = 2**28  # characters of an element of a JSON array: one that has no end must not fill the memory
 JSON_SPACE = re.compile(r'[ \t\n\r]*')
-TABLES = {'.jsonl': 'lines', '.ndjson': 'lines', '.json': 'array', '.csv': 'csv', '.parquet': 'parquet'}  # by ending; all else is text
+TABLES = {
+    '.jsonl': 'lines',
+    '.ndjson': 'lines',
+    '.json': 'array',
+    '.csv': 'csv',
+    '.parquet': 'parquet',
+}  # by ending; all else is text
 COMPRESSED = ('.gz', '.zst')
-NOT_TEXT = ('.tsv', '.html', '.htm', '.xhtml', '.xml', '.svg', '.rtf', '.pdf', '.ps', '.doc', '.docx', '.odt', '.epub', '.mobi', '.ipynb',
-            '.xlsx', '.arrow', '.feather', '.npy', '.zip', '.tar', '.bz2', '.xz', '.7z', '.rar')  # or not only text
-OWN = re.compile(r'(train|val)(_\d+)?\.bin|meta\.json|preparing|.*\.part')  # what a preparation writes into its data set's folder
+NOT_TEXT = (
+    '.tsv',
+    '.html',
+    '.htm',
+    '.xhtml',
+    '.xml',
+    '.svg',
+    '.rtf',
+    '.pdf',
+    '.ps',
+    '.doc',
+    '.docx',
+    '.odt',
+    '.epub',
+    '.mobi',
+    '.ipynb',
+    '.xlsx',
+    '.arrow',
+    '.feather',
+    '.npy',
+    '.zip',
+    '.tar',
+    '.bz2',
+    '.xz',
+    '.7z',
+    '.rar',
+)  # or not only text
+OWN = re.compile(
+    r'(train|val)(_\d+)?\.bin|meta\.json|preparing|.*\.part'
+)  # what a preparation writes into its data set's folder
 
 
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
+
     text: str
     ends: bool = True  # does the document end here?
     split: str = ''  # 'train', 'val'; '': by the hash of the key
@@ -43,6 +78,7 @@ class Piece(NamedTuple):
 @dataclass
 class Unit:
     """What a worker encodes at once: pieces, or JSON lines that it has to parse first."""
+
     position: dict  # where the source goes on after it, as plain JSON; 'progress' in it: bytes of the source's total until there
     where: str  # for errors: the file
     at: int = 0  # for errors: the byte of the file that the lines begin at
@@ -107,6 +143,7 @@ def val_begins(characters, val_fraction):
 
 class Documents:
     """Texts in memory. The last val_fraction of them is for validation; the cut may go through one."""
+
     text_key, parts = '', 1
 
     def __init__(self, texts, val_fraction):
@@ -123,8 +160,16 @@ class Documents:
     def units(self, position=None, part=None):
         """Yield the Units from a position on, by default from the start."""
         first = position['document'] if position else 0
-        return grouped(((cut_in_two(self.texts[n], True, self.before[n], self.cut), {'document': n + 1, 'progress': self.before[n + 1]})
-                        for n in range(first, len(self.texts))), 'the text')
+        return grouped(
+            (
+                (
+                    cut_in_two(self.texts[n], True, self.before[n], self.cut),
+                    {'document': n + 1, 'progress': self.before[n + 1]},
+                )
+                for n in range(first, len(self.texts))
+            ),
+            'the text',
+        )
 
 
 class Files:
@@ -147,14 +192,21 @@ class Files:
             except NotText as error:
                 kinds[file], refused[file] = None, str(error)
         texts_only = not any(kinds.values())
-        self.files, self.starts, self.sizes, characters = [], [], [], 0  # (path, kind); of the text files, characters before them; bytes
+        self.files, self.starts, self.sizes, characters = (
+            [],
+            [],
+            [],
+            0,
+        )  # (path, kind); of the text files, characters before them; bytes
         self.fingerprint = []
         for file, kind in kinds.items():
             if kind is None:
                 continue
             try:
                 if not kind and not texts_only and ending_of(file) != '.txt':
-                    raise NotText(f'{file} is no .txt file, and beside tables only those are taken: give it that ending to have it read')
+                    raise NotText(
+                        f'{file} is no .txt file, and beside tables only those are taken: give it that ending to have it read'
+                    )
                 n = 1 if kind else count_characters(file)
             except NotText as error:
                 refused[file] = str(error)
@@ -169,7 +221,11 @@ class Files:
                 characters += n
         if path in refused:  # the only file
             raise NotText(refused[path])
-        told = f'passed over {len(refused)} files, the first: {next(refused[file] for file in kinds if file in refused)}' if refused else ''
+        told = (
+            f'passed over {len(refused)} files, the first: {next(refused[file] for file in kinds if file in refused)}'
+            if refused
+            else ''
+        )
         if not self.files:
             raise UserError(f'there is no text in {path}' + (told and f': {told}'))
         if told:
@@ -189,7 +245,11 @@ class Files:
 
     def name(self, file):
         """What a file is called in the data set's own terms: its path below the folder."""
-        return os.path.relpath(file, self.root).replace(os.sep, '/') if os.path.isdir(self.root) else os.path.basename(file)
+        return (
+            os.path.relpath(file, self.root).replace(os.sep, '/')
+            if os.path.isdir(self.root)
+            else os.path.basename(file)
+        )
 
     def units(self, position=None, part=None):
         """Yield the Units from a position on, by default from the start; those of one part, a file, only if it is given."""
@@ -203,7 +263,9 @@ class Files:
                 yield from grouped(self.text_pieces(position, last), self.files[n][0])
             else:
                 last = n + 1
-                yield from {'lines': self.line_units, 'parquet': self.table_units}.get(kind, self.row_units)(n, position['at'])
+                yield from {'lines': self.line_units, 'parquet': self.table_units}.get(kind, self.row_units)(
+                    n, position['at']
+                )
             position = {'file': last, 'at': 0}
 
     def text_pieces(self, position, end):
@@ -218,8 +280,11 @@ class Files:
                     following = file.read(1)
                     k = safe_cut(text) if following else len(text)
                     ends, part = not following, text[:k]
-                    pieces = (cut_in_two(part, ends, self.starts[n] + at, self.cut) if self.cut is not None
-                              else [Piece(part, ends, key=self.name(path))])
+                    pieces = (
+                        cut_in_two(part, ends, self.starts[n] + at, self.cut)
+                        if self.cut is not None
+                        else [Piece(part, ends, key=self.name(path))]
+                    )
                     at += k
                     yield pieces, {'file': n + ends, 'at': 0 if ends else at, 'progress': self.before[n] + raw.tell()}
                     text = text[k:] + following
@@ -244,9 +309,17 @@ class Files:
         path, kind = self.files[n]
         rows = csv_rows if kind == 'csv' else array_elements
         with opened(path) as (raw, content), io.TextIOWrapper(content, encoding='utf-8-sig', newline='') as file:
-            yield from grouped(((json_pieces(row, self.text_key, f'{path}, number {i + 1}'),
-                                 {'file': n, 'at': i + 1, 'progress': self.before[n] + raw.tell()})
-                                for i, row in enumerate(rows(file, path, self.text_key)) if i >= at), path)
+            yield from grouped(
+                (
+                    (
+                        json_pieces(row, self.text_key, f'{path}, number {i + 1}'),
+                        {'file': n, 'at': i + 1, 'progress': self.before[n] + raw.tell()},
+                    )
+                    for i, row in enumerate(rows(file, path, self.text_key))
+                    if i >= at
+                ),
+                path,
+            )
 
     def table_units(self, n, at):
         """The rows of a parquet file from a row on; no more than a page of each column is in memory."""
@@ -256,8 +329,10 @@ class Files:
             groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
             first = next((i for i, end in enumerate(itertools.accumulate(groups)) if end > at), len(groups))
             row = sum(groups[:first])
-            for batch in table.iter_batches(ROWS, row_groups=list(range(first, len(groups))), columns=[self.text_key], use_threads=False):
-                texts = batch.column(0).to_pylist()[max(0, at - row):]
+            for batch in table.iter_batches(
+                ROWS, row_groups=list(range(first, len(groups))), columns=[self.text_key], use_threads=False
+            ):
+                texts = batch.column(0).to_pylist()[max(0, at - row) :]
                 row += len(batch)
                 if row <= at:
                     continue
@@ -265,7 +340,11 @@ class Files:
                 unit.pieces += pieces
                 size += n_bytes
                 if size >= UNIT or row == table.metadata.num_rows:
-                    unit.position = {'file': n, 'at': row, 'progress': self.before[n] + self.sizes[n] * row // table.metadata.num_rows}
+                    unit.position = {
+                        'file': n,
+                        'at': row,
+                        'progress': self.before[n] + self.sizes[n] * row // table.metadata.num_rows,
+                    }
                     yield unit
                     unit, size = Unit({}, path), 0
 
@@ -273,6 +352,7 @@ class Files:
 class Hub:
     """A data set of the Hugging Face hub, streamed: nothing is kept on disk, and no code of its authors is run. Documents go to training or
     validation one by one, by a hash of their text."""
+
     parts, single, cut = 1, False, None
 
     def __init__(self, name, val_fraction, config=None, revision=None, text_key='text', total=None):
@@ -291,16 +371,29 @@ class Hub:
         print(f'streaming {self.name} from the Hugging Face hub ...', flush=True)
         with self.reaching():
             import datasets
+
             leave_at_once()  # a stream that was not read to its end keeps threads
             from huggingface_hub import HfApi
-            datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # one line in the end, not one a retry
+
+            datasets.utils.logging.set_verbosity(
+                datasets.utils.logging.CRITICAL
+            )  # one line in the end, not one a retry
             getLogger('huggingface_hub').setLevel('CRITICAL')
             datasets.utils.logging.disable_progress_bar()
             local = os.path.isdir(self.name)  # which the library takes first
-            position = position or {'revision': None if local else HfApi().dataset_info(self.name, revision=self.revision).sha,
-                                    'row': 0, 'progress': 0}
-            rows = datasets.load_dataset(self.name, self.config, revision=position['revision'], split='train', streaming=True,
-                                         columns=[self.text_key])
+            position = position or {
+                'revision': None if local else HfApi().dataset_info(self.name, revision=self.revision).sha,
+                'row': 0,
+                'progress': 0,
+            }
+            rows = datasets.load_dataset(
+                self.name,
+                self.config,
+                revision=position['revision'],
+                split='train',
+                streaming=True,
+                columns=[self.text_key],
+            )
             if 'state' in position:
                 rows.load_state_dict(position['state'])
         row, progress, batches = position['row'], position['progress'], rows.iter(batch_size=ROWS)
@@ -314,7 +407,12 @@ class Hub:
                 row, size = row + len(batch[self.text_key]), size + n_bytes
             if unit.pieces and (size >= UNIT or not batch):
                 progress += size
-                unit.position = {'revision': position['revision'], 'row': row, 'progress': progress, 'state': rows.state_dict()}
+                unit.position = {
+                    'revision': position['revision'],
+                    'row': row,
+                    'progress': progress,
+                    'state': rows.state_dict(),
+                }
                 yield unit
                 unit, size = Unit({}, self.name), 0
             if not batch:
@@ -328,15 +426,19 @@ class Hub:
         except ImportError as error:
             raise UserError(f'{self.name} needs the package datasets: pip install datasets') from error
         except Exception as error:  # hub, network, parquet: each library in between has errors of its own
-            raise UserError(f'cannot load {self.name}{where} (is the network reachable? the same command goes on from here; --input= takes '
-                            f'local files): {type(error).__name__}: {one_line(str(error), 120)}') from error
+            raise UserError(
+                f'cannot load {self.name}{where} (is the network reachable? the same command goes on from here; --input= takes '
+                f'local files): {type(error).__name__}: {one_line(str(error), 120)}'
+            ) from error
 
 
 def row_pieces(texts, where, text_key):
     """Texts of a table -> their pieces, and how many bytes they are. UserError if they are none."""
     wrong = next((text for text in texts if not isinstance(text, (str, type(None)))), None)
     if wrong is not None:
-        raise UserError(f'{where}: its column {text_key!r} holds {type(wrong).__name__}, not text; --text_key= names another')
+        raise UserError(
+            f'{where}: its column {text_key!r} holds {type(wrong).__name__}, not text; --text_key= names another'
+        )
     pieces = [Piece(replace_surrogates(text)) for text in texts if text]
     return pieces, sum(len(piece.text.encode()) for piece in pieces)
 
@@ -357,8 +459,10 @@ def kind_of(path):
     if os.path.isdir(path):
         raise NotText(f'{path} is a link to a folder, which is not followed: move the folder itself there')
     if ending in NOT_TEXT:
-        raise NotText(f'{path}: {ending} files are not read, make it a .txt, .jsonl, .csv or .parquet file (if it is renamed to '
-                      '.txt, it is read as it stands)')
+        raise NotText(
+            f'{path}: {ending} files are not read, make it a .txt, .jsonl, .csv or .parquet file (if it is renamed to '
+            '.txt, it is read as it stands)'
+        )
     if ending == '.parquet' and path.lower().endswith(COMPRESSED):
         raise NotText(f'{path}: decompress it first')
     kind = TABLES.get(ending, '')
@@ -371,7 +475,9 @@ def kind_of_json(path):
         try:
             start = file.read(UNIT).lstrip()
         except UnicodeDecodeError as error:
-            raise NotText(f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance') from error
+            raise NotText(
+                f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance'
+            ) from error
     if start.startswith('['):
         return 'array'
     line, ended, _ = start.partition('\n')
@@ -403,12 +509,16 @@ def csv_rows(file, path, text_key):
     try:
         names = next(rows, [])
         if names.count(text_key) != 1:
-            raise UserError(f'{path}: its first line must name one column {text_key!r}: --text_key= may be one of '
-                            f'{one_line(", ".join(names), 200)}')
+            raise UserError(
+                f'{path}: its first line must name one column {text_key!r}: --text_key= may be one of '
+                f'{one_line(", ".join(names), 200)}'
+            )
         for row in rows:
             if row and len(row) != len(names):
-                raise UserError(f'{path}, line {rows.line_num}: {len(row)} fields, where the first line names {len(names)}; a text with a '
-                                'comma, a quote or a line end in it must stand in quotes')
+                raise UserError(
+                    f'{path}, line {rows.line_num}: {len(row)} fields, where the first line names {len(names)}; a text with a '
+                    'comma, a quote or a line end in it must stand in quotes'
+                )
             if any('\0' in field for field in row):
                 raise UserError(f'{path}, line {rows.line_num}: holds a zero byte, so it is not text: mend the file')
             if row:
@@ -467,7 +577,9 @@ def walk(path, own=None):
         if os.path.islink(path) and not os.path.exists(path):
             raise UserError(f'{path} is a link to something that is not there: mend it, or delete it')
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f'{path} is neither a file nor a folder: it has to be read more than once, so write it to a file first')
+            raise UserError(
+                f'{path} is neither a file nor a folder: it has to be read more than once, so write it to a file first'
+            )
         yield path
         return
 
@@ -476,7 +588,9 @@ def walk(path, own=None):
 
     for folder, folders, names in os.walk(path, onerror=fail):
         is_own = own is not None and os.path.exists(own) and os.path.samefile(folder, own)
-        folders[:] = sorted(name for name in folders if not name.startswith('.') and not (is_own and OWN.fullmatch(name)))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith('.') and not (is_own and OWN.fullmatch(name))
+        )
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # os.walk does not follow them
         for name in sorted(name for name in names if not name.startswith('.') and not (is_own and OWN.fullmatch(name))):
             yield from walk(os.path.join(folder, name))
@@ -528,8 +642,13 @@ class reading:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, EOFError, UnicodeDecodeError, zlib.error)) or type(error).__name__ in ('ZstdError', 'ArrowInvalid'):
-            raise UserError(f'cannot read {self.path}: {one_line(str(error), 150)}; it may have been cut short, or have changed') from error
+        if isinstance(error, (OSError, EOFError, UnicodeDecodeError, zlib.error)) or type(error).__name__ in (
+            'ZstdError',
+            'ArrowInvalid',
+        ):
+            raise UserError(
+                f'cannot read {self.path}: {one_line(str(error), 150)}; it may have been cut short, or have changed'
+            ) from error
 
 
 def count_characters(path):
@@ -540,11 +659,15 @@ def count_characters(path):
         try:
             while text := file.read(UNIT):
                 if '\0' in text:
-                    raise NotText(f'{path} holds zero bytes, the first after {n + text.index(chr(0))} characters, so it is not UTF-8 text: '
-                                  'convert it first, with iconv for instance, or delete them')
+                    raise NotText(
+                        f'{path} holds zero bytes, the first after {n + text.index(chr(0))} characters, so it is not UTF-8 text: '
+                        'convert it first, with iconv for instance, or delete them'
+                    )
                 n += len(text)
         except UnicodeDecodeError as error:
-            raise NotText(f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance') from error
+            raise NotText(
+                f'{path} is not UTF-8 text (byte {first_bad_byte(path)}): convert it first, with iconv for instance'
+            ) from error
     return n
 
 
@@ -588,6 +711,10 @@ def parquet_text_bytes(path, text_key):
     with open_parquet(path) as table:
         columns = [table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)]
         if text_key not in columns:
-            raise UserError(f'{path} has no column {text_key!r}: --text_key= may be one of {one_line(", ".join(columns), 200)}')
+            raise UserError(
+                f'{path} has no column {text_key!r}: --text_key= may be one of {one_line(", ".join(columns), 200)}'
+            )
         column = columns.index(text_key)
-        return sum(table.metadata.row_group(i).column(column).total_uncompressed_size for i in range(table.num_row_groups))
+        return sum(
+            table.metadata.row_group(i).column(column).total_uncompressed_size for i in range(table.num_row_groups)
+        )

@@ -3,6 +3,7 @@
 Processes, because tiktoken's threads wait for one another (BENCHMARKS.md); of this kind, because they end when their parent dies,
 however it dies, and need nothing of the script that started them.
 """
+
 import hashlib
 import os
 import pickle
@@ -23,12 +24,15 @@ from data.sources import pieces_of
 from tokenizer import load_tokenizer
 
 # how a process is started that Ctrl-C, which is for its parent alone, does not reach
-APART = {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == 'win32' else {'start_new_session': True}
+APART = (
+    {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == 'win32' else {'start_new_session': True}
+)
 
 
 @dataclass(frozen=True)
 class Job:
     """What all the units of a preparation have in common."""
+
     spec: dict  # of the tokenizer
     separator: list  # ids that follow a document
     dtype: str  # of ids
@@ -39,6 +43,7 @@ class Job:
 @dataclass
 class Encoded:
     """What became of a unit, for one split."""
+
     ids: bytes = b''
     documents: int = 0
     text_bytes: int = 0
@@ -83,8 +88,9 @@ class Worker:
     def __init__(self, job):
         self.job = job  # sent with the first unit
         with user_errors(OSError, where='cannot start a worker process: '):
-            self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            **APART)
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **APART
+            )
 
     def send(self, content):
         pickle.dump(content, self.process.stdin, pickle.HIGHEST_PROTOCOL)
@@ -99,8 +105,10 @@ class Worker:
             self.send(unit)
             result = pickle.load(self.process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f'a worker process has ended, with status {self.process.wait()}: run the same command again, it goes on from '
-                            'there (with --workers=1 if memory is short)') from error
+            raise UserError(
+                f'a worker process has ended, with status {self.process.wait()}: run the same command again, it goes on from '
+                'there (with --workers=1 if memory is short)'
+            ) from error
         if isinstance(result, UserError):
             raise result
         return result
@@ -168,4 +176,5 @@ def work():
 
 if __name__ == '__main__':
     from data import worker
+
     worker.work()  # under its own name, which the pickles know its classes by

@@ -1,4 +1,5 @@
 """What the tests share: running the scripts as a user does, and tiny data sets to run them on."""
+
 import importlib
 import json
 import os
@@ -11,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', WANDB_MODE='offline')  # two test processes share two cores; no network
+os.environ.update(
+    OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', WANDB_MODE='offline'
+)  # two test processes share two cores; no network
 
 import numpy as np
 import pytest
@@ -25,9 +28,25 @@ for _module in ('generation', 'metrics', 'optim', 'origin', 'packing', 'runtime'
     importlib.import_module(_module)  # once, for all forks
 
 # A model and a run that take a second or two
-TINY = ['--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32',
-        '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=4',
-        '--max_iters=8', '--warmup_iters=2', '--lr_decay_iters=8', '--learning_rate=1e-2', '--min_lr=1e-3']
+TINY = [
+    '--dataset=tiny',
+    '--out_dir=out',
+    '--device=cpu',
+    '--compile=False',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=2',
+    '--eval_iters=2',
+    '--eval_interval=4',
+    '--max_iters=8',
+    '--warmup_iters=2',
+    '--lr_decay_iters=8',
+    '--learning_rate=1e-2',
+    '--min_lr=1e-3',
+]
 CHARS = '\n abcdefghijklmnopqrstuvwxyz.'
 
 
@@ -39,8 +58,14 @@ def environment(**extra):
 
 def run(script, *arguments, cwd, timeout=120, **extra):
     """Run a script of the repository in a folder, as its own process -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, str(REPO / script), *map(str, arguments)], cwd=cwd, env=environment(**extra),
-                          capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, str(REPO / script), *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 class Forked:
@@ -50,7 +75,10 @@ class Forked:
 
     def __init__(self, script, *arguments, cwd, name='', **extra):
         self.arguments = arguments
-        self.files = [open(Path(cwd).parent / f'{Path(cwd).name}{name}.{stream}', 'w+', encoding='utf-8') for stream in ('out', 'err')]
+        self.files = [
+            open(Path(cwd).parent / f'{Path(cwd).name}{name}.{stream}', 'w+', encoding='utf-8')
+            for stream in ('out', 'err')
+        ]
         self.pid, self.status = os.fork(), None
         if self.pid:
             return
@@ -113,8 +141,21 @@ def run_forked_ranks(world_size, script, *arguments, cwd):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    ranks = [Forked(script, *arguments, cwd=cwd, name=f'.{rank}', RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                    LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in range(world_size)]
+    ranks = [
+        Forked(
+            script,
+            *arguments,
+            cwd=cwd,
+            name=f'.{rank}',
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=port,
+        )
+        for rank in range(world_size)
+    ]
     failed_at = None
     while None in (statuses := [rank.poll() for rank in ranks]):
         if any(statuses) and failed_at is None:
@@ -170,8 +211,12 @@ def write_data(folder, n_train=4000, n_val=1000, chars=CHARS):
     ids = (np.cumsum(steps) % len(chars)).astype('<u2')
     ids[:n_train].tofile(folder / 'train.bin')
     ids[n_train:].tofile(folder / 'val.bin')
-    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16',
-            'tokens': {'train': n_train, 'val': n_val}}
+    meta = {
+        'tokenizer': {'kind': 'char', 'chars': chars},
+        'vocab_size': len(chars),
+        'dtype': 'uint16',
+        'tokens': {'train': n_train, 'val': n_val},
+    }
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
 
@@ -196,4 +241,5 @@ def gpt2_vocabulary(monkeypatch):
         if not (SHARED / 'tiktoken_cache').exists():
             pytest.skip('no copy of the GPT-2 vocabulary here, set TIKTOKEN_CACHE_DIR')
     from tokenizer import load_gpt2
+
     return load_gpt2()

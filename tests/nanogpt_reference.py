@@ -1,5 +1,6 @@
 """An independent GPT in float64, the slow and obvious way, one position and one head at a time, under nanoGPT's parameter names:
 what others' code expects of a checkpoint, and a computation to hold model.py against. It shares nothing with model.py."""
+
 import math
 
 import torch
@@ -17,7 +18,7 @@ class Norm(nn.Module):
 
     def forward(self, x):
         centred = x if self.rms else x - x.mean(-1, keepdim=True)
-        normal = centred / torch.sqrt((centred ** 2).mean(-1, keepdim=True) + 1e-5)
+        normal = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
         return normal * self.weight + (0 if self.bias is None else self.bias)
 
 
@@ -25,7 +26,9 @@ def rotated(x, position):
     """Rotary embedding of one vector x (..., hs), as a product of complex numbers (Su et al. 2021)."""
     half = x.size(-1) // 2
     turned = torch.complex(x[..., :half], x[..., half:])
-    turned = turned * torch.polar(torch.ones(half).double(), position * 10000.0 ** (-torch.arange(half).double() / half))
+    turned = turned * torch.polar(
+        torch.ones(half).double(), position * 10000.0 ** (-torch.arange(half).double() / half)
+    )
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
@@ -34,17 +37,33 @@ def activation(kind, inner):
         gate, up = inner.chunk(2, dim=-1)
         return gate / (1 + torch.exp(-gate)) * up
     if kind == 'relu2':
-        return torch.where(inner > 0, inner ** 2, 0.0)
+        return torch.where(inner > 0, inner**2, 0.0)
     if kind == 'gelu_tanh':
-        return inner * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner ** 3)))
+        return inner * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
     return inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
 
 
 class ReferenceGPT(nn.Module):
     """Accepts exactly nanoGPT's model_args (and, by name, what SAMgpt has beyond them), and weights by strict loading."""
 
-    def __init__(self, n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout, *, mlp='gelu', pos='learned', norm='layernorm',
-                 qk_norm=False, n_kv_head=0, logit_softcap=0.0, **no_matter):
+    def __init__(
+        self,
+        n_layer,
+        n_head,
+        n_embd,
+        block_size,
+        bias,
+        vocab_size,
+        dropout,
+        *,
+        mlp='gelu',
+        pos='learned',
+        norm='layernorm',
+        qk_norm=False,
+        n_kv_head=0,
+        logit_softcap=0.0,
+        **no_matter,
+    ):
         super().__init__()
         self.n_head, self.n_kv_head, self.mlp, self.pos = n_head, n_kv_head or n_head, mlp, pos
         self.qk_norm, self.logit_softcap = qk_norm, logit_softcap
@@ -52,14 +71,35 @@ class ReferenceGPT(nn.Module):
         inner = 64 * math.ceil(8 * n_embd / 3 / 64) if mlp == 'swiglu' else 4 * n_embd
         layers = []
         for _ in range(n_layer):
-            attn = nn.ModuleDict({'c_attn': nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * width, bias=bias),
-                                  'c_proj': nn.Linear(n_embd, n_embd, bias=bias)})
-            both = nn.ModuleDict({'c_fc': nn.Linear(n_embd, inner * (2 if mlp == 'swiglu' else 1), bias=bias),
-                                  'c_proj': nn.Linear(inner, n_embd, bias=bias)})
-            layers.append(nn.ModuleDict({'ln_1': Norm(n_embd, bias, norm == 'rmsnorm'), 'attn': attn,
-                                         'ln_2': Norm(n_embd, bias, norm == 'rmsnorm'), 'mlp': both}))
-        self.transformer = nn.ModuleDict({'wte': nn.Embedding(vocab_size, n_embd), 'h': nn.ModuleList(layers),
-                                          'ln_f': Norm(n_embd, bias, norm == 'rmsnorm')})
+            attn = nn.ModuleDict(
+                {
+                    'c_attn': nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * width, bias=bias),
+                    'c_proj': nn.Linear(n_embd, n_embd, bias=bias),
+                }
+            )
+            both = nn.ModuleDict(
+                {
+                    'c_fc': nn.Linear(n_embd, inner * (2 if mlp == 'swiglu' else 1), bias=bias),
+                    'c_proj': nn.Linear(inner, n_embd, bias=bias),
+                }
+            )
+            layers.append(
+                nn.ModuleDict(
+                    {
+                        'ln_1': Norm(n_embd, bias, norm == 'rmsnorm'),
+                        'attn': attn,
+                        'ln_2': Norm(n_embd, bias, norm == 'rmsnorm'),
+                        'mlp': both,
+                    }
+                )
+            )
+        self.transformer = nn.ModuleDict(
+            {
+                'wte': nn.Embedding(vocab_size, n_embd),
+                'h': nn.ModuleList(layers),
+                'ln_f': Norm(n_embd, bias, norm == 'rmsnorm'),
+            }
+        )
         if pos == 'learned':
             self.transformer['wpe'] = nn.Embedding(block_size, n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
@@ -73,7 +113,9 @@ class ReferenceGPT(nn.Module):
             x = x + self.transformer.wpe.weight[:T]
         width = x.size(-1) // self.n_head
         for layer in self.transformer.h:
-            q, k, v = layer.attn.c_attn(layer.ln_1(x)).split([n * width for n in (self.n_head, self.n_kv_head, self.n_kv_head)], dim=-1)
+            q, k, v = layer.attn.c_attn(layer.ln_1(x)).split(
+                [n * width for n in (self.n_head, self.n_kv_head, self.n_kv_head)], dim=-1
+            )
             mixed = torch.zeros_like(x)
             for head in range(self.n_head):
                 part = slice(head * width, (head + 1) * width)
@@ -81,14 +123,16 @@ class ReferenceGPT(nn.Module):
                 kv_part = slice(kv * width, (kv + 1) * width)
                 queries, keys = q[:, :, part], k[:, :, kv_part]
                 if self.qk_norm:
-                    queries, keys = (z / torch.sqrt((z ** 2).mean(-1, keepdim=True) + 1e-5) for z in (queries, keys))
+                    queries, keys = (z / torch.sqrt((z**2).mean(-1, keepdim=True) + 1e-5) for z in (queries, keys))
                 if self.pos == 'rope':
-                    queries, keys = (torch.stack([rotated(z[:, t], t) for t in range(T)], dim=1) for z in (queries, keys))
+                    queries, keys = (
+                        torch.stack([rotated(z[:, t], t) for t in range(T)], dim=1) for z in (queries, keys)
+                    )
                 for t in range(T):
-                    scores = torch.einsum('bc,bsc->bs', queries[:, t], keys[:, :t + 1]) / math.sqrt(width)
+                    scores = torch.einsum('bc,bsc->bs', queries[:, t], keys[:, : t + 1]) / math.sqrt(width)
                     if self.pos == 'alibi':  # for a number of heads that is a power of two
                         scores = scores - 2 ** (-8 * (head + 1) / self.n_head) * (t - torch.arange(t + 1))
-                    mixed[:, t, part] = torch.einsum('bs,bsc->bc', scores.softmax(-1), v[:, :t + 1, kv_part])
+                    mixed[:, t, part] = torch.einsum('bs,bsc->bc', scores.softmax(-1), v[:, : t + 1, kv_part])
             x = x + layer.attn.c_proj(mixed)
             x = x + layer.mlp.c_proj(activation(self.mlp, layer.mlp.c_fc(layer.ln_2(x))))
         logits = self.lm_head(self.transformer.ln_f(x))

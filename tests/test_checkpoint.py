@@ -1,4 +1,5 @@
 """What is written can be read, here and in nanoGPT; nothing else is."""
+
 import os
 
 import numpy as np
@@ -7,7 +8,16 @@ import torch
 from conftest import SHARED  # noqa: F401
 from nanogpt_reference import ReferenceGPT
 
-from checkpoint import BEST, LATEST, load_checkpoint, load_optimizer_buffers, model_entry, restore_model, save_checkpoint, set_aside
+from checkpoint import (
+    BEST,
+    LATEST,
+    load_checkpoint,
+    load_optimizer_buffers,
+    model_entry,
+    restore_model,
+    save_checkpoint,
+    set_aside,
+)
 from configurator import UserError
 from model import GPT, GPTConfig
 
@@ -36,7 +46,9 @@ def test_round_trip_and_nanogpt(tmp_path, options):
     theirs = ReferenceGPT(**raw['model_args'])
     theirs.load_state_dict(raw['model'])
     ids = torch.arange(8).view(1, 8)
-    torch.testing.assert_close(theirs(ids).float(), model(ids, ids)[0], rtol=1e-3, atol=1e-3 if options.get('mlp') else 1e-5)
+    torch.testing.assert_close(
+        theirs(ids).float(), model(ids, ids)[0], rtol=1e-3, atol=1e-3 if options.get('mlp') else 1e-5
+    )
 
 
 def test_reads_nanogpts(tmp_path):
@@ -45,8 +57,17 @@ def test_reads_nanogpts(tmp_path):
     weights = {'_orig_mod.' + name: weight for name, weight in model.state_dict().items()}
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 8, 8)
     optimizer = {'state': {}, 'param_groups': []}
-    torch.save({'model': weights, 'optimizer': optimizer, 'model_args': dict(SHAPE, bias=True, dropout=0.0), 'iter_num': 7,
-                'best_val_loss': torch.tensor(1.25), 'config': {'dataset': 'shakespeare_char'}}, tmp_path / LATEST)
+    torch.save(
+        {
+            'model': weights,
+            'optimizer': optimizer,
+            'model_args': dict(SHAPE, bias=True, dropout=0.0),
+            'iter_num': 7,
+            'best_val_loss': torch.tensor(1.25),
+            'config': {'dataset': 'shakespeare_char'},
+        },
+        tmp_path / LATEST,
+    )
     loaded = load_checkpoint(str(tmp_path / LATEST))
     assert same(model, restore_model(loaded, 'x')) and loaded['best_val_loss'] == 1.25 and loaded['iter_num'] == 7
     assert load_optimizer_buffers(loaded, str(tmp_path))['optimizer'] == optimizer
@@ -69,6 +90,7 @@ def test_a_save_is_committed_by_its_last_rename(tmp_path, monkeypatch):
                 if calls > crash_at:  # noqa: B023
                     raise KeyboardInterrupt
                 return operation(*args, **keywords)
+
             return wrapped
 
         with monkeypatch.context() as patch:
@@ -104,7 +126,9 @@ def test_a_full_disk_leaves_the_last_save_whole(tmp_path):
 def test_setting_an_earlier_run_aside(tmp_path):
     assert set_aside(str(tmp_path)) is None
     for n in (1, 2):
-        save_checkpoint(str(tmp_path), state_of(GPT(GPTConfig(**SHAPE)), n), {'optimizer': {'state': n, 'param_groups': []}}, True)
+        save_checkpoint(
+            str(tmp_path), state_of(GPT(GPTConfig(**SHAPE)), n), {'optimizer': {'state': n, 'param_groups': []}}, True
+        )
         (tmp_path / 'mine.txt').write_text('stays')
         assert set_aside(str(tmp_path)) == str(tmp_path / f'previous-{n}')
     for n in (1, 2):
@@ -113,8 +137,20 @@ def test_setting_an_earlier_run_aside(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['mine.txt', 'previous-1', 'previous-2']
 
 
-@pytest.mark.parametrize('change', [dict(n_layer=3), dict(n_layer=10**9), dict(n_embd=32), dict(vocab_size=10**12), dict(n_head=3),
-                                    dict(colour='red'), dict(n_embd='16'), dict(block_size=9), dict(bias=False)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(n_layer=3),
+        dict(n_layer=10**9),
+        dict(n_embd=32),
+        dict(vocab_size=10**12),
+        dict(n_head=3),
+        dict(colour='red'),
+        dict(n_embd='16'),
+        dict(block_size=9),
+        dict(bias=False),
+    ],
+)
 def test_forged_shapes_are_refused(tmp_path, change):
     state = state_of(GPT(GPTConfig(**SHAPE)))
     state['model_args'].update(change)
@@ -151,15 +187,29 @@ def test_numbers_of_numpy_and_lists_are_data(tmp_path):
     model = GPT(GPTConfig(**SHAPE))
     state = state_of(model, np.int64(5), best_iter=np.int32(3))
     state['best_val_loss'] = np.float64(1.5)
-    state['model_args'] = {key: np.int64(value) if type(value) is int else value for key, value in state['model_args'].items()}
+    state['model_args'] = {
+        key: np.int64(value) if type(value) is int else value for key, value in state['model_args'].items()
+    }
     state['model_args']['dropout'] = np.float32(0.5)
-    state['config'] = {'betas': [0.9, np.float32(0.5)], 'schedule': {'steps': (1, 2)}, 'flag': np.bool_(True), 'dataset': 'tiny',
-                       'device': torch.device('cpu'), 'dtype': torch.float16}
+    state['config'] = {
+        'betas': [0.9, np.float32(0.5)],
+        'schedule': {'steps': (1, 2)},
+        'flag': np.bool_(True),
+        'dataset': 'tiny',
+        'device': torch.device('cpu'),
+        'dtype': torch.float16,
+    }
     torch.save(state, tmp_path / LATEST)
     loaded = load_checkpoint(str(tmp_path / LATEST))
     assert (loaded['iter_num'], loaded['best_iter'], loaded['best_val_loss']) == (5, 3, 1.5)
-    assert loaded['config'] == {'betas': [0.9, 0.5], 'schedule': {'steps': (1, 2)}, 'flag': True, 'dataset': 'tiny',
-                                'device': "device(type='cpu')", 'dtype': 'torch.float16'}
+    assert loaded['config'] == {
+        'betas': [0.9, 0.5],
+        'schedule': {'steps': (1, 2)},
+        'flag': True,
+        'dataset': 'tiny',
+        'device': "device(type='cpu')",
+        'dtype': 'torch.float16',
+    }
     assert {type(value) for value in loaded['model_args'].values()} <= {int, float, bool, str}
     restored = restore_model(loaded, 'x')
     assert same(model, restored) and restored.config.dropout == 0.5

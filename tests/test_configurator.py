@@ -1,4 +1,5 @@
 """Settings: order, types, names, help; and what becomes of an error."""
+
 import os
 import shutil
 import subprocess
@@ -12,7 +13,16 @@ from model import GPTConfig
 
 
 def settings():
-    return {'rate': 1e-3, 'steps': 10, 'name': 'x', 'flag': False, 'maybe': None, '_hidden': 3, 'module': pytest, '__file__': __file__}
+    return {
+        'rate': 1e-3,
+        'steps': 10,
+        'name': 'x',
+        'flag': False,
+        'maybe': None,
+        '_hidden': 3,
+        'module': pytest,
+        '__file__': __file__,
+    }
 
 
 def test_order_is_left_to_right(tmp_path):
@@ -27,42 +37,53 @@ def test_order_is_left_to_right(tmp_path):
 
 def test_widenings():
     config = configure(settings(), ['--rate=1', '--name=12', '--maybe=a=b', '--flag=True'])
-    assert type(config['rate']) is float and config['name'] == '12' and config['maybe'] == 'a=b' and config['flag'] is True
+    assert (
+        type(config['rate']) is float and config['name'] == '12' and config['maybe'] == 'a=b' and config['flag'] is True
+    )
     assert configure(settings(), ['--name=a=b'])['name'] == 'a=b'
     assert configure(settings(), ['--maybe=3'])['maybe'] == 3
 
 
 def test_config_file_is_python(tmp_path):
     file = tmp_path / 'c.py'
-    file.write_text('import os\nfrom math import sqrt\n_k = 2\nsteps = sum(_k * i for i in range(4)) + steps\n'
-                    'name = os.path.join("ä", "b")\n', encoding='utf-8')
+    file.write_text(
+        'import os\nfrom math import sqrt\n_k = 2\nsteps = sum(_k * i for i in range(4)) + steps\n'
+        'name = os.path.join("ä", "b")\n',
+        encoding='utf-8',
+    )
     config = configure(settings(), [str(file)])
     assert config['steps'] == 22 and config['name'] == 'ä/b'
 
 
-@pytest.mark.parametrize('argument, words', [
-    ('--step=3', "unknown setting 'step'; the nearest is 'steps'"),
-    ('--steps=3.5', 'whole number'),
-    ('--steps=True', 'whole number'),
-    ('--flag=1', 'True or False'),
-    ('--rate=fast', 'a number'),
-    ('--steps', 'write it as --steps=VALUE'),
-    ('--_hidden=4', 'unknown'),
-    ('--module=4', 'unknown'),
-    ('absent.py', 'cannot read the config file absent.py'),
-])
+@pytest.mark.parametrize(
+    'argument, words',
+    [
+        ('--step=3', "unknown setting 'step'; the nearest is 'steps'"),
+        ('--steps=3.5', 'whole number'),
+        ('--steps=True', 'whole number'),
+        ('--flag=1', 'True or False'),
+        ('--rate=fast', 'a number'),
+        ('--steps', 'write it as --steps=VALUE'),
+        ('--_hidden=4', 'unknown'),
+        ('--module=4', 'unknown'),
+        ('absent.py', 'cannot read the config file absent.py'),
+    ],
+)
 def test_mistakes_on_the_command_line(argument, words):
     with pytest.raises(UserError, match=words):
         configure(settings(), [argument])
 
 
-@pytest.mark.parametrize('text, words', [
-    ('stepz = 3', "unknown setting 'stepz'; the nearest is 'steps'"),
-    ('steps = "3"', 'whole number'),
-    ('x = (', 'not valid Python'),
-    ('a = 1\nsteps = 1 / 0', 'line 2: ZeroDivisionError'),
-    ('name = 3', 'text in quotes'),
-])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('stepz = 3', "unknown setting 'stepz'; the nearest is 'steps'"),
+        ('steps = "3"', 'whole number'),
+        ('x = (', 'not valid Python'),
+        ('a = 1\nsteps = 1 / 0', 'line 2: ZeroDivisionError'),
+        ('name = 3', 'text in quotes'),
+    ],
+)
 def test_mistakes_in_a_config_file(tmp_path, text, words):
     file = tmp_path / 'c.py'
     file.write_text(text)
@@ -97,7 +118,7 @@ def test_texts_add_up(tmp_path):
     path = tmp_path / 'config.py'
     path.write_text("stop = ['c', '']", encoding='utf-8')
     settings = lambda: {'stop': (), 'other': 1}  # noqa: E731
-    assert configure(settings(), ['--stop=a', '--stop=1', '--stop=(b']) ['stop'] == ('a', '1', '(b')
+    assert configure(settings(), ['--stop=a', '--stop=1', '--stop=(b'])['stop'] == ('a', '1', '(b')
     assert configure(settings(), ['--stop=a', str(path), '--stop=d'])['stop'] == ('c', 'd')
     assert configure(settings(), ['--stop=a', '--stop='])['stop'] == ()
     path.write_text('stop = 1', encoding='utf-8')
@@ -107,19 +128,34 @@ def test_texts_add_up(tmp_path):
 
 # --- what a config file may do ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('text', [
-    "exec(open(FOLDER + '/base.py').read())", 'from base import *', 'import base\nsteps, name = base.steps, base.name',
-    "globals().update(steps=20, name='b')", "for _k, _v in {'steps': 20, 'name': 'b'}.items(): globals()[_k] = _v",
-    "import runpy\nglobals().update({k: v for k, v in runpy.run_path(FOLDER + '/base.py').items() if k in ('steps', 'name')})",
-    "def _use():\n    global steps, name\n    steps, name = 20, 'b'\n_use()", 'import base as _b\nvars().update(vars(_b))',
-    "class _Base:\n    steps = 20\nsteps = _Base.steps\nname = [c for c in 'ab'][1]"])
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "exec(open(FOLDER + '/base.py').read())",
+        'from base import *',
+        'import base\nsteps, name = base.steps, base.name',
+        "globals().update(steps=20, name='b')",
+        "for _k, _v in {'steps': 20, 'name': 'b'}.items(): globals()[_k] = _v",
+        "import runpy\nglobals().update({k: v for k, v in runpy.run_path(FOLDER + '/base.py').items() if k in ('steps', 'name')})",
+        "def _use():\n    global steps, name\n    steps, name = 20, 'b'\n_use()",
+        'import base as _b\nvars().update(vars(_b))',
+        "class _Base:\n    steps = 20\nsteps = _Base.steps\nname = [c for c in 'ab'][1]",
+    ],
+)
 def test_whatever_is_assigned_counts(tmp_path, monkeypatch, text):
     """By which way ever a setting got its value, it has it, and counts as given."""
     monkeypatch.delitem(sys.modules, 'base', raising=False)
     (tmp_path / 'base.py').write_text("steps = 20\nname = 'b'\n")
-    (tmp_path / 'c.py').write_text(f'_k = FOLDER = {str(tmp_path)!r}\n{text}\nrate = 0.5\n'.replace('FOLDER', '_FOLDER'))
+    (tmp_path / 'c.py').write_text(
+        f'_k = FOLDER = {str(tmp_path)!r}\n{text}\nrate = 0.5\n'.replace('FOLDER', '_FOLDER')
+    )
     config = configure(settings(), [str(tmp_path / 'c.py')])
-    assert (config['steps'], config['name'], config['rate']) == (20, 'b', 0.5) and config.given == {'steps', 'name', 'rate'}
+    assert (config['steps'], config['name'], config['rate']) == (20, 'b', 0.5) and config.given == {
+        'steps',
+        'name',
+        'rate',
+    }
     assert str(tmp_path) not in sys.path
 
 
@@ -144,8 +180,10 @@ def test_byte_order_mark_and_imported_names(tmp_path):
 
 
 def test_numbers_and_paths_of_other_kinds(tmp_path):
-    (tmp_path / 'c.py').write_text('import numpy as np\nfrom pathlib import Path\nsteps = np.int64(7)\nrate = np.float32(0.5)\n'
-                                   'flag = np.bool_(True)\nname = Path("a") / "b"\n')
+    (tmp_path / 'c.py').write_text(
+        'import numpy as np\nfrom pathlib import Path\nsteps = np.int64(7)\nrate = np.float32(0.5)\n'
+        'flag = np.bool_(True)\nname = Path("a") / "b"\n'
+    )
     config = configure(settings(), [str(tmp_path / 'c.py')])
     assert config == {'rate': 0.5, 'steps': 7, 'name': os.path.join('a', 'b'), 'flag': True, 'maybe': None}
     assert {type(config[key]) for key in ('steps', 'rate', 'flag')} == {int, float, bool}
@@ -171,22 +209,34 @@ def test_fields_of_a_dataclass_are_settings(capsys):
 
 # --- what is left of an error -------------------------------------------------------------------------------------------
 
+
 def test_one_line_keeps_its_place(tmp_path):
     """What was turned into one line, and running out of memory, name the last file and line of the project; a plain mistake does not."""
     shutil.copy(REPO / 'configurator.py', tmp_path)
-    (tmp_path / 'deep.py').write_text('from configurator import user_errors\n\ndef work(kind):\n    raise kind("broken")\n')
-    (tmp_path / 'script.py').write_text('from configurator import UserError, configure, user_errors\nfrom deep import work\nkind = ""\n'
-                                        'configure(globals())\nif kind == "plain":\n    raise UserError("plain")\n'
-                                        'kinds = dict(value=ValueError, memory=MemoryError, file=FileNotFoundError)\n'
-                                        'with user_errors(ValueError, OSError, where="turned: "):\n    work(kinds[kind])\n')
+    (tmp_path / 'deep.py').write_text(
+        'from configurator import user_errors\n\ndef work(kind):\n    raise kind("broken")\n'
+    )
+    (tmp_path / 'script.py').write_text(
+        'from configurator import UserError, configure, user_errors\nfrom deep import work\nkind = ""\n'
+        'configure(globals())\nif kind == "plain":\n    raise UserError("plain")\n'
+        'kinds = dict(value=ValueError, memory=MemoryError, file=FileNotFoundError)\n'
+        'with user_errors(ValueError, OSError, where="turned: "):\n    work(kinds[kind])\n'
+    )
 
     def error(kind, **extra):
-        result = subprocess.run([sys.executable, 'script.py', f'--kind={kind}'], cwd=tmp_path, env=environment(**extra),
-                                capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, 'script.py', f'--kind={kind}'],
+            cwd=tmp_path,
+            env=environment(**extra),
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 2
         return result.stderr
 
     assert error('value') == 'error: turned: broken [deep.py:4]\n'
     assert error('memory').startswith('error: out of memory: ') and error('memory').endswith(' [deep.py:4]\n')
     assert error('plain') == 'error: plain\n' and error('file') == 'error: turned: broken\n'
-    assert 'Traceback' in (whole := error('value', SAMGPT_TRACEBACK='1')) and whole.endswith('\nerror: turned: broken [deep.py:4]\n')
+    assert 'Traceback' in (whole := error('value', SAMGPT_TRACEBACK='1')) and whole.endswith(
+        '\nerror: turned: broken [deep.py:4]\n'
+    )

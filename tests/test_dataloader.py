@@ -1,4 +1,5 @@
 """The order of training: a function of seed and step, whatever the ranks; windows, shards, checks."""
+
 import json
 import os
 import pickle
@@ -45,12 +46,13 @@ def test_any_number_of_ranks_trains_on_the_same(counting, order):
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
 def test_resuming_replays_nothing(counting, order):
-    assert global_batch(counting, 1, order, steps=30)[4 * 19:] == global_batch(counting, 2, order, step=19, steps=11)
+    assert global_batch(counting, 1, order, steps=30)[4 * 19 :] == global_batch(counting, 2, order, step=19, steps=11)
 
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
 def test_a_growing_batch(counting, order):
     """From 2 to 6 micro-batches over 5 steps: the same whatever the ranks and wherever resumed, and no window of an epoch left out."""
+
     def rows(world_size, step, end):
         taken = {}
         for rank in range(world_size):
@@ -80,24 +82,34 @@ def test_seeds_and_steps_differ(counting):
 def test_random_windows_reach_both_ends(tmp_path):
     np.arange(14, dtype='<u2').tofile(tmp_path / 'train.bin')
     starts = global_batch(Tokens(str(tmp_path), 'train', {}), 1, 'random', steps=20)
-    assert {start for rows in starts for start in rows} == {0, 1, 2, 3}  # 3 + 11 = 14: the last window ends with the file
+    assert {start for rows in starts for start in rows} == {
+        0,
+        1,
+        2,
+        3,
+    }  # 3 + 11 = 14: the last window ends with the file
 
 
 def test_an_epoch_takes_every_window_once(counting):
     n_windows = 1003 // 10 - 1
     starts = [start for rows in global_batch(counting, 1, 'shuffle', steps=n_windows) for start in rows]  # 12 epochs
     for epoch in range(12):
-        taken = starts[epoch * n_windows:(epoch + 1) * n_windows]
+        taken = starts[epoch * n_windows : (epoch + 1) * n_windows]
         offset = min(taken)
         assert sorted(taken) == [offset + 10 * i for i in range(n_windows)] and offset + 10 * n_windows < 1003
         assert taken != sorted(taken)
-    assert len({min(starts[e * n_windows:(e + 1) * n_windows]) for e in range(12)}) > 3  # epochs are cut at other offsets
+    assert (
+        len({min(starts[e * n_windows : (e + 1) * n_windows]) for e in range(12)}) > 3
+    )  # epochs are cut at other offsets
 
 
 def test_an_epoch_goes_on_with_batches_of_another_size(counting):
     """A run that is resumed with larger, smaller or fewer batches still takes every window of the epoch once."""
+
     def batches(batch_size, micro_batches, step=0, taken=None, steps=1, ramp=(0, 0)):
-        made = TrainBatches(counting, 10, batch_size, micro_batches, 7, 'shuffle', Ranks(), CPU, step, ramp, taken=taken)
+        made = TrainBatches(
+            counting, 10, batch_size, micro_batches, 7, 'shuffle', Ranks(), CPU, step, ramp, taken=taken
+        )
         starts = []
         for s in range(step, step + steps):
             starts += [x[0].item() for _ in range(made.micro_batches_at(s)) for x in made.next()[0]]
@@ -110,7 +122,9 @@ def test_an_epoch_goes_on_with_batches_of_another_size(counting):
     assert taken == 54 and second == whole[24:54]
     third, taken = batches(1, 6, step=5, taken=taken, steps=4, ramp=(2, 7))
     assert first + second + third == whole[:taken]
-    assert batches(3, 4, step=2, taken=24)[0] == batches(3, 4, step=2)[0], 'unchanged, it is the place that the step has'
+    assert batches(3, 4, step=2, taken=24)[0] == batches(3, 4, step=2)[0], (
+        'unchanged, it is the place that the step has'
+    )
 
 
 def test_one_text_is_told_from_another(tmp_path, counting):
@@ -143,16 +157,27 @@ def test_windows_that_begin_with_a_document(tmp_path, order):
     moved = 0
     for world_size in (1, 2):
         for rank in range(world_size):
-            plain, aligned = (TrainBatches(tokens, 10, 3, 4, 7, order, Ranks(rank, rank, world_size), CPU, end_of_text=end)
-                              for end in (None, 0))
+            plain, aligned = (
+                TrainBatches(tokens, 10, 3, 4, 7, order, Ranks(rank, rank, world_size), CPU, end_of_text=end)
+                for end in (None, 0)
+            )
             for step in range(40):
                 for micro in range(rank, 4, world_size):
-                    starts = plain.window_starts(step)[micro * 3:micro * 3 + 3].astype(int).tolist()
-                    expected = [next((at for at in range(start, start + 10) if (at == 0 or ids[at - 1] == 0) and at + 11 <= 2000),
-                                     start) for start in starts]
+                    starts = plain.window_starts(step)[micro * 3 : micro * 3 + 3].astype(int).tolist()
+                    expected = [
+                        next(
+                            (
+                                at
+                                for at in range(start, start + 10)
+                                if (at == 0 or ids[at - 1] == 0) and at + 11 <= 2000
+                            ),
+                            start,
+                        )
+                        for start in starts
+                    ]
                     x, y = aligned.next()
-                    assert x.tolist() == [ids[at:at + 10].tolist() for at in expected]
-                    assert y.tolist() == [ids[at + 1:at + 11].tolist() for at in expected]
+                    assert x.tolist() == [ids[at : at + 10].tolist() for at in expected]
+                    assert y.tolist() == [ids[at + 1 : at + 11].tolist() for at in expected]
                     moved += expected != starts
     assert moved > 50
 
@@ -187,7 +212,7 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr('dataloader.MAX_OPEN_SHARDS', 3)
     ids = np.arange(5000, dtype='<u2')
     for n in range(1005):
-        ids[n * 4:n * 4 + 4 if n < 1004 else 5000].tofile(tmp_path / f'train_{n:03d}.bin')
+        ids[n * 4 : n * 4 + 4 if n < 1004 else 5000].tofile(tmp_path / f'train_{n:03d}.bin')
     tokens = Tokens(str(tmp_path), 'train', {})
     assert tokens.windows([0, 3990, 4009], 900).tolist() == [list(range(s, s + 900)) for s in (0, 3990, 4009)]
     assert tokens.open_shard.cache_info().currsize == 3
@@ -256,8 +281,11 @@ def test_meta_json_and_nanogpt_meta_pkl(tmp_path):
 
 # --- descriptions that others wrote -----------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('protocol', [3, 4, 5])
-@pytest.mark.parametrize('number', [np.int64(70000), np.uint8(200), np.int16(-3), np.array(5, dtype='>i4')[()], np.uint64(2**63)])
+@pytest.mark.parametrize(
+    'number', [np.int64(70000), np.uint8(200), np.int16(-3), np.array(5, dtype='>i4')[()], np.uint64(2**63)]
+)
 def test_whole_numbers_of_numpy_in_a_pickle(number, protocol):
     """As numpy's own unpickling reads them; as plain numbers, and with no code of numpy's run."""
     content = pickle.dumps({'vocab_size': number}, protocol)
@@ -267,24 +295,37 @@ def test_whole_numbers_of_numpy_in_a_pickle(number, protocol):
         assert type(unpickle(theirs)['vocab_size']) is int
 
 
-@pytest.mark.parametrize('content', [
-    pickle.dumps(np.float64(3)), pickle.dumps(np.arange(3)), pickle.dumps(np.dtype('O')), pickle.dumps(print), pickle.dumps(UserError('x')),
-    b'\x80\x04N' + b'r\xff\xff\xff\x7f' + b'.', b'\x80\x05\x96' + (2**40).to_bytes(8, 'little') + b'.'],
-    ids=['float', 'array', 'objects', 'function', 'instance', 'memo of 16 GiB', 'array of 1 TiB'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        pickle.dumps(np.float64(3)),
+        pickle.dumps(np.arange(3)),
+        pickle.dumps(np.dtype('O')),
+        pickle.dumps(print),
+        pickle.dumps(UserError('x')),
+        b'\x80\x04N' + b'r\xff\xff\xff\x7f' + b'.',
+        b'\x80\x05\x96' + (2**40).to_bytes(8, 'little') + b'.',
+    ],
+    ids=['float', 'array', 'objects', 'function', 'instance', 'memo of 16 GiB', 'array of 1 TiB'],
+)
 def test_anything_else_in_a_pickle_is_refused(tmp_path, content):
     (tmp_path / 'meta.pkl').write_bytes(content)
     with pytest.raises(UserError, match='is not a nanoGPT meta.pkl: it (asks|holds)|expected 1099511627776 bytes'):
         read_meta(str(tmp_path))
 
 
-@pytest.mark.parametrize('meta, chars', [
-    ({'itos': {i: f'w{i}' for i in range(60)}, 'stoi': {f'w{i}': i for i in range(60)}}, None),  # words
-    ({'itos': {i: (i, 0) for i in range(60)}}, None),  # notes, moves
-    ({'itos': {i: CHARS[i % 29] * (1 + i // 29) for i in range(60)}}, None),
-    ({'itos': {i: chr(65 + i) for i in range(59)}}, None),  # a gap
-    ({'itos': [chr(65 + i) for i in range(60)]}, ''.join(chr(65 + i) for i in range(60))),
-    ({'stoi': {chr(65 + i): i for i in range(60)}}, ''.join(chr(65 + i) for i in range(60))),
-    ({'stoi': {chr(65 + i): 2 * i for i in range(30)}}, None)])
+@pytest.mark.parametrize(
+    'meta, chars',
+    [
+        ({'itos': {i: f'w{i}' for i in range(60)}, 'stoi': {f'w{i}': i for i in range(60)}}, None),  # words
+        ({'itos': {i: (i, 0) for i in range(60)}}, None),  # notes, moves
+        ({'itos': {i: CHARS[i % 29] * (1 + i // 29) for i in range(60)}}, None),
+        ({'itos': {i: chr(65 + i) for i in range(59)}}, None),  # a gap
+        ({'itos': [chr(65 + i) for i in range(60)]}, ''.join(chr(65 + i) for i in range(60))),
+        ({'stoi': {chr(65 + i): i for i in range(60)}}, ''.join(chr(65 + i) for i in range(60))),
+        ({'stoi': {chr(65 + i): 2 * i for i in range(30)}}, None),
+    ],
+)
 def test_nanogpt_meta_of_which_only_the_size_is_needed(tmp_path, meta, chars):
     """nanoGPT trains on it; its ids are decoded only if each is known to be a character."""
     (np.arange(500) % 60).astype('<u2').tofile(tmp_path / 'train.bin')
@@ -298,7 +339,9 @@ def test_nanogpt_meta_of_which_only_the_size_is_needed(tmp_path, meta, chars):
 
 def test_training_on_ids_that_are_words(workspace):
     os.remove(workspace / 'data/tiny/meta.json')
-    (workspace / 'data/tiny/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 60, 'itos': {i: f'w{i}' for i in range(60)}}))
+    (workspace / 'data/tiny/meta.pkl').write_bytes(
+        pickle.dumps({'vocab_size': 60, 'itos': {i: f'w{i}' for i in range(60)}})
+    )
     run_forked_ok('train.py', *TINY, '--max_iters=1', cwd=workspace)
     saved = torch.load(workspace / 'out/ckpt.pt', weights_only=True)
     assert saved['model']['transformer.wte.weight'].shape[0] == 60 and saved.get('tokenizer') is None
@@ -306,9 +349,15 @@ def test_training_on_ids_that_are_words(workspace):
     assert result.returncode == 2 and 'no telling what its ids mean' in result.stderr
 
 
-@pytest.mark.parametrize('name, content', [
-    ('meta.pkl', {'vocab_size': 100277}), ('meta.pkl', {'vocab_size': np.int64(65537)}), ('meta.json', {'vocab_size': 70000}),
-    ('meta.json', {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(2**16, 2**16 + 70000)))}})])
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('meta.pkl', {'vocab_size': 100277}),
+        ('meta.pkl', {'vocab_size': np.int64(65537)}),
+        ('meta.json', {'vocab_size': 70000}),
+        ('meta.json', {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(2**16, 2**16 + 70000)))}}),
+    ],
+)
 def test_a_vocabulary_that_needs_uint32_is_stored_as_such(tmp_path, name, content):
     ids = np.random.default_rng(0).integers(0, 65537, 1000).astype('<u4')
     ids[500] = 65536
@@ -341,7 +390,9 @@ def test_ids_that_are_wider_than_they_were_taken_for(tmp_path, stored, told):
 def test_every_second_id_may_be_0_where_the_sizes_say_so(tmp_path):
     np.tile([5, 0], 500).astype('<u2').tofile(tmp_path / 'train.bin')
     meta = {'vocab_size': 6, 'dtype': 'uint16', 'tokens': {'train': 1000}}
-    (tmp_path / 'meta.json').write_bytes(b'\xef\xbb\xbf' + json.dumps(meta).encode())  # as an editor on Windows saves it
+    (tmp_path / 'meta.json').write_bytes(
+        b'\xef\xbb\xbf' + json.dumps(meta).encode()
+    )  # as an editor on Windows saves it
     assert len(Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)), 6)) == 1000
 
 
@@ -354,11 +405,24 @@ def test_a_meta_json_may_tell_sizes_of_what_a_meta_pkl_describes(tmp_path):
     assert spec_from_meta(read_meta(str(tmp_path))) == {'kind': 'byte'}
 
 
-@pytest.mark.parametrize('text', [
-    '{"vocab_size": NaN}', '{"vocab_size": 60.0}', '{"vocab_size": 0}', '{"vocab_size": -60}', '{"vocab_size": true}',
-    '{"vocab_size": "60"}',
-    '{"tokens": [1, 2]}', '{"tokens": {"train": -1}}', '{"tokens": {"train": NaN}}', '{"tokens": {"train": 1e3}}', '{"tokens": null}',
-    '{"tokens": {"val": Infinity}}', '{"vocab_size": 70000, "dtype": "uint16"}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '{"vocab_size": NaN}',
+        '{"vocab_size": 60.0}',
+        '{"vocab_size": 0}',
+        '{"vocab_size": -60}',
+        '{"vocab_size": true}',
+        '{"vocab_size": "60"}',
+        '{"tokens": [1, 2]}',
+        '{"tokens": {"train": -1}}',
+        '{"tokens": {"train": NaN}}',
+        '{"tokens": {"train": 1e3}}',
+        '{"tokens": null}',
+        '{"tokens": {"val": Infinity}}',
+        '{"vocab_size": 70000, "dtype": "uint16"}',
+    ],
+)
 def test_numbers_in_meta_json_are_checked(tmp_path, text):
     (tmp_path / 'meta.json').write_text(text)
     with pytest.raises(UserError, match="meta.json is not a data set description.*: '(vocab_size|tokens|dtype)'"):

@@ -1,4 +1,5 @@
 """Files that are whole or not there, folders that one process holds; also on file systems and systems that lack what Linux has."""
+
 import builtins
 import errno
 import os
@@ -68,13 +69,17 @@ def test_a_file_that_somebody_reads_on_windows(tmp_path, monkeypatch):
         files.replace(str(tmp_path / 'a'), str(tmp_path / 'b'))
 
 
-HOLD = ('import files, sys, time; print(files.lock_folder(sys.argv[1]), files.lock_folder(sys.argv[1]), flush=True); time.sleep(60)')
+HOLD = 'import files, sys, time; print(files.lock_folder(sys.argv[1]), files.lock_folder(sys.argv[1]), flush=True); time.sleep(60)'
 
 
 def test_one_process_holds_a_folder(tmp_path):
     """Killed, it holds it no more, though its file is left; at a proper end that goes too."""
-    process = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], env=environment(PYTHONPATH=str(REPO)), stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, '-c', HOLD, str(tmp_path)],
+        env=environment(PYTHONPATH=str(REPO)),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == 'True True\n'
     assert not files.lock_folder(str(tmp_path))
     process.kill()
@@ -87,7 +92,12 @@ def test_one_process_holds_a_folder(tmp_path):
     assert os.listdir(tmp_path) == []
     files.held.clear()
     program = HOLD.replace('time.sleep(60)', 'sys.exit()')
-    subprocess.run([sys.executable, '-c', program, str(tmp_path)], env=environment(PYTHONPATH=str(REPO)), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)],
+        env=environment(PYTHONPATH=str(REPO)),
+        check=True,
+        capture_output=True,
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -118,6 +128,7 @@ def test_a_disk_that_numbers_files_anew(tmp_path, monkeypatch):
 
 def test_a_disk_without_locks(tmp_path, monkeypatch):
     import fcntl
+
     monkeypatch.setattr(files, 'held', {})
     monkeypatch.setattr(fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'No locks available')))
     assert files.lock_folder(str(tmp_path))
@@ -144,12 +155,18 @@ def test_saying_something_to_nobody(number, monkeypatch, tmp_path):
 
 def test_without_what_windows_lacks(tmp_path):
     """No signals but two, no module resource, no sched_getaffinity: the modules load, and do without."""
-    program = ("import os, signal, sys\nfor name in ('SIGHUP', 'SIGUSR1', 'SIGKILL'):\n    delattr(signal, name)\n"
-               "for name in ('fork', 'sched_getaffinity', 'getuid'):\n    delattr(os, name)\n"
-               "sys.modules.update(dict.fromkeys(('resource', 'fcntl', 'termios'), None))\n"
-               "import torch, runtime, files, checkpoint, metrics, data.worker, data.pipeline\n"
-               "stop = runtime.StopSignal()\nprint(runtime.peak_memory(torch.device('cpu')), [s.name for s in stop.SIGNALS])\n"
-               "print(files.lock_folder(sys.argv[1]))\n")
-    result = subprocess.run([sys.executable, '-c', program, str(tmp_path)], env=environment(PYTHONPATH=str(REPO)), capture_output=True,
-                            text=True)
+    program = (
+        "import os, signal, sys\nfor name in ('SIGHUP', 'SIGUSR1', 'SIGKILL'):\n    delattr(signal, name)\n"
+        "for name in ('fork', 'sched_getaffinity', 'getuid'):\n    delattr(os, name)\n"
+        "sys.modules.update(dict.fromkeys(('resource', 'fcntl', 'termios'), None))\n"
+        'import torch, runtime, files, checkpoint, metrics, data.worker, data.pipeline\n'
+        "stop = runtime.StopSignal()\nprint(runtime.peak_memory(torch.device('cpu')), [s.name for s in stop.SIGNALS])\n"
+        'print(files.lock_folder(sys.argv[1]))\n'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)],
+        env=environment(PYTHONPATH=str(REPO)),
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout.splitlines() == ["None ['SIGINT', 'SIGTERM']", 'True'], result.stderr

@@ -1,5 +1,6 @@
 """Drawing tokens: the cache against computing everything again, a batch against each row alone, against Hugging Face's
 generate() and logits processors, and texts that end as they should."""
+
 import dataclasses
 import math
 import random
@@ -16,18 +17,45 @@ from origin import to_hugging_face
 from tokenizer import CharTokenizer
 
 BLOCK, VOCAB = 16, 50
-OPTIONS = [{}, {'bias': False}, {'mlp': 'gelu_tanh'}, {'n_head': 1}, {'pos': 'rope'}, {'pos': 'alibi'}, {'pos': 'none'}, {'n_kv_head': 2},
-           {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'relu2', 'qk_norm': True},
-           {'pos': 'alibi', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'qk_norm': True, 'n_kv_head': 1, 'tie_weights': False,
-            'logit_softcap': 4.0}]
-SAMPLINGS = [Sampling(0), Sampling(1.0), Sampling(0.8, top_k=5), Sampling(1.2, top_p=0.7), Sampling(1.0, min_p=0.1),
-             Sampling(1.0, 10, 0.9, 0.05, 1.3, 45), Sampling(0, repetition_penalty=2.0)]
+OPTIONS = [
+    {},
+    {'bias': False},
+    {'mlp': 'gelu_tanh'},
+    {'n_head': 1},
+    {'pos': 'rope'},
+    {'pos': 'alibi'},
+    {'pos': 'none'},
+    {'n_kv_head': 2},
+    {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'relu2', 'qk_norm': True},
+    {
+        'pos': 'alibi',
+        'norm': 'rmsnorm',
+        'mlp': 'swiglu',
+        'qk_norm': True,
+        'n_kv_head': 1,
+        'tie_weights': False,
+        'logit_softcap': 4.0,
+    },
+]
+SAMPLINGS = [
+    Sampling(0),
+    Sampling(1.0),
+    Sampling(0.8, top_k=5),
+    Sampling(1.2, top_p=0.7),
+    Sampling(1.0, min_p=0.1),
+    Sampling(1.0, 10, 0.9, 0.05, 1.3, 45),
+    Sampling(0, repetition_penalty=2.0),
+]
 
 
 def make_model(seed=0, **options):
     """A random model in float64, in which two ways to compute the same never differ by enough to draw another token."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=3, n_head=4, n_embd=32), **options})).double().eval()
+    model = (
+        GPT(GPTConfig(**{**dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=3, n_head=4, n_embd=32), **options}))
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -45,13 +73,13 @@ def recompute_all(model, prompt, n, samplings, key):
     """The same for several samplings of one prompt, whose rows are of one length at all times."""
     rows, draws = [list(prompt) for _ in samplings], uniforms(n, (*key, 0))
     for t in range(n):
-        idx = torch.tensor([row[window_start(len(row), model.config.block_size):] for row in rows])
+        idx = torch.tensor([row[window_start(len(row), model.config.block_size) :] for row in rows])
         logits = model(idx, idx)[0][:, -1:]
         for row, its, sampling in zip(rows, logits, samplings):
             occurred = torch.zeros(1, VOCAB, dtype=torch.bool)
             occurred[0, row] = True
-            row.append(int(sampling.choose(its, draws[t:t + 1], occurred)))
-    return [row[len(prompt):] for row in rows]
+            row.append(int(sampling.choose(its, draws[t : t + 1], occurred)))
+    return [row[len(prompt) :] for row in rows]
 
 
 def draw(model, samples, n, sampling, **options):
@@ -68,25 +96,34 @@ def make_prompts(*lengths):
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_cached_equals_recomputed(options):
     model = make_model(**options)
-    prompts = make_prompts(1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 7)  # of different lengths, in one batch, past the window
+    prompts = make_prompts(
+        1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 7
+    )  # of different lengths, in one batch, past the window
     prompts += [prompts[1]]
     n = 2 * BLOCK  # in which the window moves on several times
     expected = zip(*[recompute_all(model, prompt, n, SAMPLINGS, (5, i)) for i, prompt in enumerate(prompts)])
     for sampling, texts in zip(SAMPLINGS, expected, strict=True):
-        for static in (False, True) if sampling in SAMPLINGS[::3] else (False,):  # a static cache knows nothing of how tokens are chosen
+        for static in (
+            (False, True) if sampling in SAMPLINGS[::3] else (False,)
+        ):  # a static cache knows nothing of how tokens are chosen
             samples = [Sample(prompt, (5, i)) for i, prompt in enumerate(prompts)]
             assert draw(model, samples, n, sampling, static=static) == list(texts)
     alike = make_prompts(9, 9, 9)  # which go on together, from the first
     expected = [recompute(model, prompt, n, Sampling(), (5, i)) for i, prompt in enumerate(alike)]
     for static in (False, True):
-        assert draw(model, [Sample(prompt, (5, i)) for i, prompt in enumerate(alike)], n, Sampling(), static=static) == expected
+        assert (
+            draw(model, [Sample(prompt, (5, i)) for i, prompt in enumerate(alike)], n, Sampling(), static=static)
+            == expected
+        )
 
 
 @pytest.mark.parametrize('block_size', [1, 2, 3])
 def test_the_shortest_windows(block_size):
     model, prompts = make_model(block_size=block_size), make_prompts(1, 2, 9)
     samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
-    assert draw(model, samples, 12, Sampling()) == [recompute(model, prompt, 12, Sampling(), (i,)) for i, prompt in enumerate(prompts)]
+    assert draw(model, samples, 12, Sampling()) == [
+        recompute(model, prompt, 12, Sampling(), (i,)) for i, prompt in enumerate(prompts)
+    ]
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
@@ -98,7 +135,9 @@ def test_a_sample_does_not_depend_on_its_neighbours():
         alone = [Sample(prompt, (7, i), tokenizer, stop=('.', 'z')) for i, prompt in enumerate(prompts)]
         for sample in alone:
             draw(model, [sample], 40, Sampling(1.0, top_k=20))
-        assert [vars(sample) | {'stream': 0} for sample in together] == [vars(sample) | {'stream': 0} for sample in alone]
+        assert [vars(sample) | {'stream': 0} for sample in together] == [
+            vars(sample) | {'stream': 0} for sample in alone
+        ]
         assert len({len(sample.ids) for sample in together}) > 1, 'all ended at once, so that nothing was tested'
 
 
@@ -116,14 +155,31 @@ def test_equals_hugging_face_greedy():
     prompts = make_prompts(5, 5, 5)
     idx = torch.tensor(prompts)
     for penalty in (1.0, 1.5):
-        theirs = to_hugging_face(model).generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=BLOCK - 5, do_sample=False,
-                                                 pad_token_id=0, repetition_penalty=penalty)
+        theirs = to_hugging_face(model).generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=BLOCK - 5,
+            do_sample=False,
+            pad_token_id=0,
+            repetition_penalty=penalty,
+        )
         ours = draw(model, [Sample(prompt) for prompt in prompts], BLOCK - 5, Sampling(0, repetition_penalty=penalty))
         assert ours == theirs[:, 5:].tolist()
 
 
-@pytest.mark.parametrize('sampling', [Sampling(0.7), Sampling(1.0, top_k=7), Sampling(1.3, top_p=0.6), Sampling(1.0, min_p=0.15),
-                                      Sampling(0.9, 30, 0.9, 0.02, 1.4), Sampling(1.0, top_p=1e-9), Sampling(2.0, top_k=1)], ids=str)
+@pytest.mark.parametrize(
+    'sampling',
+    [
+        Sampling(0.7),
+        Sampling(1.0, top_k=7),
+        Sampling(1.3, top_p=0.6),
+        Sampling(1.0, min_p=0.15),
+        Sampling(0.9, 30, 0.9, 0.02, 1.4),
+        Sampling(1.0, top_p=1e-9),
+        Sampling(2.0, top_k=1),
+    ],
+    ids=str,
+)
 def test_probabilities_equal_hugging_face(sampling):
     """Over uniform numbers side by side, each token is drawn in the proportion that Hugging Face's processors give it."""
     from transformers import (
@@ -134,6 +190,7 @@ def test_probabilities_equal_hugging_face(sampling):
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
+
     torch.manual_seed(0)
     n, logits, seen = 20000, 2 * torch.randn(1, VOCAB), [3, 4, 4, 17]
     penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
@@ -160,12 +217,25 @@ def test_what_is_never_drawn():
     assert Sampling(0.01).choose(torch.tensor([[-100.0, 0.0, 0.0, -100.0]]).expand(3, -1), edges).tolist()[-1] == 2
 
 
-@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(0, vocab_size=4), Sampling(1.0), Sampling(1.0, vocab_size=4),
-                                      Sampling(1.0, top_k=3, top_p=0.5, min_p=0.1)], ids=str)
+@pytest.mark.parametrize(
+    'sampling',
+    [
+        Sampling(0),
+        Sampling(0, vocab_size=4),
+        Sampling(1.0),
+        Sampling(1.0, vocab_size=4),
+        Sampling(1.0, top_k=3, top_p=0.5, min_p=0.1),
+    ],
+    ids=str,
+)
 def test_output_that_is_not_numbers(sampling):
     logits = torch.stack([torch.full((VOCAB,), math.nan), torch.zeros(VOCAB), torch.zeros(VOCAB)])
     logits[2, 3] = math.nan
-    assert (sampling.choose(logits, torch.full((3,), 0.5)) == (sampling.vocab_size or VOCAB)).tolist() == [True, False, True]
+    assert (sampling.choose(logits, torch.full((3,), 0.5)) == (sampling.vocab_size or VOCAB)).tolist() == [
+        True,
+        False,
+        True,
+    ]
     model = make_model()
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.inf)
     for log_probs in (False, True):
@@ -207,7 +277,11 @@ def test_log_probabilities_are_the_models():
     for sample in samples:
         row = torch.tensor([sample.prompt + sample.ids])
         with torch.no_grad():
-            expected = model(row, row)[0][0, :, :40].log_softmax(-1)[len(sample.prompt) - 1:-1].gather(1, row[0, len(sample.prompt):, None])
+            expected = (
+                model(row, row)[0][0, :, :40]
+                .log_softmax(-1)[len(sample.prompt) - 1 : -1]
+                .gather(1, row[0, len(sample.prompt) :, None])
+            )
         torch.testing.assert_close(torch.tensor(sample.log_probs).double(), expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
@@ -220,14 +294,16 @@ def test_a_conversation_equals_reading_all_of_it(static):
         for _ in range(12):
             new = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 9, 40]))]
             row += new
-            expected = model(torch.tensor([row[window_start(len(row), BLOCK):]]))[0][:, -1]
+            expected = model(torch.tensor([row[window_start(len(row), BLOCK) :]]))[0][:, -1]
             torch.testing.assert_close(context.read([new]), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
     model, rows = make_model(), []  # rows: shapes of what the model reads
     hidden = model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda idx, *args, **options: (rows.append(tuple(idx.shape)), hidden(idx, *args, **options))[1])
+    monkeypatch.setattr(
+        model, 'hidden', lambda idx, *args, **options: (rows.append(tuple(idx.shape)), hidden(idx, *args, **options))[1]
+    )
     draw(model, [Sample([1, 2, 3, 4], (0, i)) for i in range(6)] + [Sample([5, 6], (0, 0))], 1, Sampling())
     assert rows == [(2, 3), (7, 1)]  # both prompts but for their last tokens, then the last of every row
     for static in (False, True):
@@ -248,8 +324,8 @@ def test_draws_go_on_from_block_to_block(monkeypatch):
         for t in range(10):
             with torch.no_grad():
                 logits = model(torch.tensor([row]))[0][:, -1]
-            row.append(int(Sampling().choose(logits, draws[t:t + 1])))
-        assert row[len(sample.prompt):] == sample.ids
+            row.append(int(Sampling().choose(logits, draws[t : t + 1])))
+        assert row[len(sample.prompt) :] == sample.ids
 
 
 def test_a_prompt_that_ends_within_a_character():
@@ -259,6 +335,7 @@ def test_a_prompt_that_ends_within_a_character():
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
+
 
 def test_stop_texts():
     """Whatever was shown stays, and the text ends before the first stop text, however the pieces fall."""
@@ -270,15 +347,15 @@ def test_stop_texts():
         sample, shown = Sample([0], tokenizer=tokenizer, stop=stop), ''
         for token in tokenizer.encode(text).tolist():
             sample.add(token)
-            assert sample.text[:sample.settled()].startswith(shown)
-            shown = sample.text[:sample.settled()]
+            assert sample.text[: sample.settled()].startswith(shown)
+            shown = sample.text[: sample.settled()]
             if sample.finish_reason:
                 break
         sample.finish('length')
         first_complete = min((text.find(s) + len(s) for s in stop if s in text), default=None)
         ended += sample.finish_reason == 'stop'
         assert (sample.finish_reason == 'stop') == (first_complete is not None)
-        assert sample.text[:sample.settled()] == sample.text and text.startswith(sample.text)
+        assert sample.text[: sample.settled()] == sample.text and text.startswith(sample.text)
         if first_complete is not None:
             assert len(sample.ids) == first_complete and not any(s in sample.text for s in stop)
             assert len(sample.text) == min(text[:first_complete].find(s) for s in stop if s in text[:first_complete])
@@ -300,6 +377,7 @@ def test_end_of_text():
 
 
 # --- the model's own --------------------------------------------------------------------------------------------------
+
 
 def test_the_models_generate_is_nanogpts():
     model, idx = make_model(), torch.tensor(make_prompts(4, 4))

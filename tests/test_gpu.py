@@ -1,4 +1,5 @@
 """What only a CUDA device can show: ./test.sh -m gpu. On a machine without one every test here is skipped."""
+
 import pytest
 import torch
 from conftest import TINY, metrics, run_ok
@@ -12,8 +13,10 @@ LONG = ['--max_iters=20', '--lr_decay_iters=20', '--dropout=0']
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 2e-3), ('bfloat16', 3e-2), ('float16', 3e-2)])
-@pytest.mark.parametrize('options', [
-    [], ['--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--n_kv_head=1', '--optimizer=muon']])
+@pytest.mark.parametrize(
+    'options',
+    [[], ['--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--n_kv_head=1', '--optimizer=muon']],
+)
 def test_losses_are_those_of_the_cpu(workspace, dtype, tolerance, options):
     run_ok('train.py', *TINY, *LONG, *options, '--out_dir=cpu', cwd=workspace)
     run_ok('train.py', *TINY, *LONG, *options, '--out_dir=cuda', '--device=cuda', f'--dtype={dtype}', cwd=workspace)
@@ -32,8 +35,15 @@ def test_a_run_is_resumed(workspace):
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_a_skipped_step_changes_nothing(kind):
     """Nobody waits for the device to tell whether a gradient is finite; what is not leaves no trace."""
-    settings = dict(optimizer=kind, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95, muon_learning_rate=0.02,
-                    muon_momentum=0.95)
+    settings = dict(
+        optimizer=kind,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        muon_learning_rate=0.02,
+        muon_momentum=0.95,
+    )
     models = [GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)).cuda() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [make_optimizer(model, settings) for model in models]
@@ -55,5 +65,5 @@ def test_a_text_is_continued_as_without_a_cache(dtype):
         out = model.generate(idx, 20, temperature=0)
         for n in range(5, 25):
             logits = model(out[:, :n])[0][:, -1]
-            chosen = logits.gather(1, out[:, n:n + 1]).squeeze(1)
+            chosen = logits.gather(1, out[:, n : n + 1]).squeeze(1)
             assert (logits.max(dim=1).values - chosen < (1e-4 if dtype == torch.float32 else 0.05)).all()

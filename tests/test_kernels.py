@@ -1,4 +1,5 @@
 """oneDNN's products in place of MKL's, and attention over short contexts, against torch's own."""
+
 import pytest
 import torch
 from conftest import SHARED  # noqa: F401
@@ -27,7 +28,7 @@ def test_products_are_float32(onednn, shape):
     expected = a.double() @ b.double().T
     at, bt = a.T.contiguous().T, b.T.contiguous()
     for product in (F.linear(a, b), a @ bt, at @ b.T, at @ bt, torch.bmm(a[None], bt[None])[0]):
-        torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-5 * k ** 0.5)
+        torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-5 * k**0.5)
 
 
 @pytest.mark.parametrize('short', [0, 128])
@@ -35,8 +36,14 @@ def test_products_are_float32(onednn, shape):
 @pytest.mark.parametrize('kind', ['causal', 'bool', 'float'])
 def test_attention(monkeypatch, heads, kind, short):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, T, 8, dtype=torch.float64, requires_grad=True) for n, T in ((4, 5), (heads, 9), (heads, 9)))
-    mask = {'causal': torch.ones(5, 9).tril(4).bool(), 'bool': torch.rand(2, 1, 5, 9) > 0.5, 'float': torch.randn(4, 5, 9).double()}[kind]
+    q, k, v = (
+        torch.randn(2, n, T, 8, dtype=torch.float64, requires_grad=True) for n, T in ((4, 5), (heads, 9), (heads, 9))
+    )
+    mask = {
+        'causal': torch.ones(5, 9).tril(4).bool(),
+        'bool': torch.rand(2, 1, 5, 9) > 0.5,
+        'float': torch.randn(4, 5, 9).double(),
+    }[kind]
     if kind == 'bool':
         mask[..., 0] = True  # each sees something
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
@@ -54,7 +61,9 @@ def test_short_attention_drops(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 6, 8)
     draws = torch.stack([kernels.attention(q, k, v, dropout=0.3) for _ in range(4000)])
     torch.testing.assert_close(draws.mean(0), kernels.attention(q, k, v), rtol=0.1, atol=0.1)
-    assert (draws[:, 0, 0, 0] == 0).all(dim=-1).float().mean().item() == pytest.approx(0.3, abs=0.03)  # of a position that sees one
+    assert (draws[:, 0, 0, 0] == 0).all(dim=-1).float().mean().item() == pytest.approx(
+        0.3, abs=0.03
+    )  # of a position that sees one
 
 
 def test_torch_products_restores():

@@ -1,4 +1,5 @@
 """The transformer against Hugging Face, against a naive float64 computation, and against its own properties."""
+
 import math
 
 import pytest
@@ -28,11 +29,24 @@ def ids():
     return torch.randint(97, (2, 32))
 
 
-OPTIONS = [dict(bias=True), dict(bias=False), dict(mlp='gelu_tanh'), dict(mlp='relu2'), dict(mlp='swiglu'), dict(pos='rope'),
-           dict(pos='alibi'), dict(pos='none'), dict(norm='rmsnorm'), dict(qk_norm=True), dict(n_kv_head=2), dict(n_kv_head=1),
-           dict(tie_weights=False), dict(logit_softcap=3.0),
-           dict(pos='rope', norm='rmsnorm', mlp='relu2', qk_norm=True, bias=False, zero_init=True),
-           dict(pos='alibi', norm='rmsnorm', mlp='swiglu', qk_norm=True, n_kv_head=2, tie_weights=False, logit_softcap=5.0)]
+OPTIONS = [
+    dict(bias=True),
+    dict(bias=False),
+    dict(mlp='gelu_tanh'),
+    dict(mlp='relu2'),
+    dict(mlp='swiglu'),
+    dict(pos='rope'),
+    dict(pos='alibi'),
+    dict(pos='none'),
+    dict(norm='rmsnorm'),
+    dict(qk_norm=True),
+    dict(n_kv_head=2),
+    dict(n_kv_head=1),
+    dict(tie_weights=False),
+    dict(logit_softcap=3.0),
+    dict(pos='rope', norm='rmsnorm', mlp='relu2', qk_norm=True, bias=False, zero_init=True),
+    dict(pos='alibi', norm='rmsnorm', mlp='swiglu', qk_norm=True, n_kv_head=2, tie_weights=False, logit_softcap=5.0),
+]
 
 
 @pytest.mark.parametrize('short', [False, True])  # attention over short contexts in training on some CPUs
@@ -45,28 +59,51 @@ def test_equals_naive_float64(ids, options, short, monkeypatch):
     reference.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
     expected = reference(ids)
     torch.testing.assert_close(model.double()(ids, ids)[0], expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model(ids)[0], expected[:, -1:], rtol=1e-9, atol=1e-9)  # a shorter way, if only the last is asked for
+    torch.testing.assert_close(
+        model(ids)[0], expected[:, -1:], rtol=1e-9, atol=1e-9
+    )  # a shorter way, if only the last is asked for
     torch.testing.assert_close(model.float()(ids)[0].double(), expected[:, -1:], rtol=1e-3, atol=1e-3)
 
 
 def test_equals_hugging_face_llama(ids):
     """Rotary positions, RMS norm, SwiGLU, grouped queries and an untied head are Llama's."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     config = GPTConfig(**SHAPE, bias=False, pos='rope', norm='rmsnorm', mlp='swiglu', n_kv_head=2, tie_weights=False)
-    theirs = randomized(LlamaForCausalLM(LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=config.mlp_width, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False)))
+    theirs = randomized(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=97,
+                hidden_size=64,
+                intermediate_size=config.mlp_width,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=32,
+                rms_norm_eps=1e-5,
+                rope_theta=10000.0,
+                tie_word_embeddings=False,
+            )
+        )
+    )
     weights = theirs.state_dict()
-    names = {'transformer.wte.weight': 'model.embed_tokens.weight', 'transformer.ln_f.weight': 'model.norm.weight',
-             'lm_head.weight': 'lm_head.weight'}
+    names = {
+        'transformer.wte.weight': 'model.embed_tokens.weight',
+        'transformer.ln_f.weight': 'model.norm.weight',
+        'lm_head.weight': 'lm_head.weight',
+    }
     ours = {name: weights[their_name] for name, their_name in names.items()}
     for layer in range(3):
         here, there = f'transformer.h.{layer}.', f'model.layers.{layer}.'
         ours[here + 'ln_1.weight'] = weights[there + 'input_layernorm.weight']
         ours[here + 'ln_2.weight'] = weights[there + 'post_attention_layernorm.weight']
-        ours[here + 'attn.c_attn.weight'] = torch.cat([weights[f'{there}self_attn.{part}_proj.weight'] for part in 'qkv'])
+        ours[here + 'attn.c_attn.weight'] = torch.cat(
+            [weights[f'{there}self_attn.{part}_proj.weight'] for part in 'qkv']
+        )
         ours[here + 'attn.c_proj.weight'] = weights[there + 'self_attn.o_proj.weight']
-        ours[here + 'mlp.c_fc.weight'] = torch.cat([weights[f'{there}mlp.{part}_proj.weight'] for part in ('gate', 'up')])
+        ours[here + 'mlp.c_fc.weight'] = torch.cat(
+            [weights[f'{there}mlp.{part}_proj.weight'] for part in ('gate', 'up')]
+        )
         ours[here + 'mlp.c_proj.weight'] = weights[there + 'mlp.down_proj.weight']
     model = GPT(config).eval()
     model.load_state_dict(ours)
@@ -77,11 +114,14 @@ def test_equals_hugging_face_llama(ids):
 def test_alibi_equals_hugging_face_bloom(n_head):
     """The same slopes, for numbers of heads that are no power of two as well; Bloom's biases differ by a constant of the head."""
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
     theirs = build_alibi_tensor(torch.ones(1, 10), n_head, torch.float64).view(n_head, 1, 10)
     ours = alibi_mask(torch.arange(10), 10, None, n_head, torch.float64)
     seen = torch.ones(10, 10, dtype=torch.bool).tril()
     assert (ours[:, ~seen] == -math.inf).all()
-    torch.testing.assert_close(ours[:, -1:], theirs - theirs[:, :, -1:], rtol=1e-2, atol=1e-6)  # theirs passes through bfloat16
+    torch.testing.assert_close(
+        ours[:, -1:], theirs - theirs[:, :, -1:], rtol=1e-2, atol=1e-6
+    )  # theirs passes through bfloat16
 
 
 @pytest.mark.parametrize('softcap', [0.0, 4.0])
@@ -124,7 +164,9 @@ def test_loss_without_logits_is_the_loss_of_the_model_as_edited(ids, edit, monke
         model.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
     elif edit == 'logits':
         plain = model.logits
-        monkeypatch.setattr(model, 'logits', lambda x: plain(x) * (x @ model.transformer.wpe.weight.T).mean(-1, keepdim=True))
+        monkeypatch.setattr(
+            model, 'logits', lambda x: plain(x) * (x @ model.transformer.wpe.weight.T).mean(-1, keepdim=True)
+        )
     elif edit == 'frozen head':
         model.lm_head.weight.requires_grad_(False)
     else:
@@ -136,7 +178,9 @@ def test_loss_without_logits_is_the_loss_of_the_model_as_edited(ids, edit, monke
         monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', at_once)
         loss = model.double()(ids, ids.roll(-1, 1), with_logits=False)[1]
         loss.backward()
-        results.append({'loss': loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}})
+        results.append(
+            {'loss': loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+        )
         model.zero_grad()
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     assert rows == [64, 10, 10, 10, 10, 10, 10, 4]
@@ -176,9 +220,18 @@ def test_no_targets_at_all(ids, monkeypatch):
 def hugging_face_gpt2(request, tmp_path):
     """A random GPT-2 of Hugging Face's in a folder -> (model, folder)."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=32, vocab_size=97, activation_function=request.param,
-                        bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=3,
+        n_head=4,
+        n_embd=64,
+        n_positions=32,
+        vocab_size=97,
+        activation_function=request.param,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = randomized(GPT2LMHeadModel(config))
     model.save_pretrained(tmp_path)
     return model, str(tmp_path)
@@ -189,8 +242,14 @@ def test_equals_hugging_face(hugging_face_gpt2, ids):
     ours, tokenizer = load_pretrained(folder)
     assert tokenizer is None
     torch.testing.assert_close(ours.eval()(ids, ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    expected = theirs.generate(ids[:, :5], max_new_tokens=27, do_sample=False, eos_token_id=None, pad_token_id=0,
-                               attention_mask=torch.ones(2, 5, dtype=torch.long))
+    expected = theirs.generate(
+        ids[:, :5],
+        max_new_tokens=27,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        attention_mask=torch.ones(2, 5, dtype=torch.long),
+    )
     assert ours.generate(ids[:, :5], 27, temperature=0).tolist() == expected.tolist()
 
 
@@ -225,9 +284,23 @@ def test_initial_weights_and_loss():
     ids = torch.randint(512, (4, 64))
     assert model(ids, ids.roll(-1, 1))[1].item() == pytest.approx(math.log(512), abs=0.2)
     assert model.transformer.wte.weight is model.lm_head.weight
-    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=512, zero_init=True, tie_weights=False, norm='rmsnorm'))
+    model = GPT(
+        GPTConfig(
+            n_layer=2,
+            n_head=4,
+            n_embd=64,
+            block_size=64,
+            vocab_size=512,
+            zero_init=True,
+            tie_weights=False,
+            norm='rmsnorm',
+        )
+    )
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith('c_proj.weight'))
-    assert model.transformer.wte.weight is not model.lm_head.weight and model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (
+        model.transformer.wte.weight is not model.lm_head.weight
+        and model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    )
 
 
 def test_initialisation_knows_every_parameter():
@@ -257,9 +330,24 @@ def test_cropping_keeps_the_function(ids):
         model.crop_block_size(11)
 
 
-@pytest.mark.parametrize('wrong', [dict(n_embd=65), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-1), dict(mlp='relu'),
-                                   dict(n_head=2.0), dict(pos='sinus'), dict(norm='none'), dict(n_kv_head=3), dict(n_kv_head=-1),
-                                   dict(pos='rope', n_embd=12), dict(logit_softcap=-1.0), dict(logit_softcap=math.nan)])
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(n_embd=65),
+        dict(n_layer=0),
+        dict(dropout=1.0),
+        dict(vocab_size=-1),
+        dict(mlp='relu'),
+        dict(n_head=2.0),
+        dict(pos='sinus'),
+        dict(norm='none'),
+        dict(n_kv_head=3),
+        dict(n_kv_head=-1),
+        dict(pos='rope', n_embd=12),
+        dict(logit_softcap=-1.0),
+        dict(logit_softcap=math.nan),
+    ],
+)
 def test_a_shape_that_is_none(wrong):
     with pytest.raises(ValueError):
         GPTConfig(**{**SHAPE, **wrong})

@@ -1,4 +1,5 @@
 """Schedule, groups, AdamW and the state it leaves."""
+
 import copy
 import subprocess
 import sys
@@ -30,8 +31,19 @@ def tiny_model(n_layer=2):
 
 def optimizer_of(model, learning_rate, weight_decay, betas, kind='adamw', muon_learning_rate=0.02, ranks=ALONE):
     """make_optimizer, by its main settings."""
-    return make_optimizer(model, dict(optimizer=kind, learning_rate=learning_rate, weight_decay=weight_decay, beta1=betas[0],
-                                      beta2=betas[1], muon_learning_rate=muon_learning_rate, muon_momentum=0.95), ranks)
+    return make_optimizer(
+        model,
+        dict(
+            optimizer=kind,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            beta1=betas[0],
+            beta2=betas[1],
+            muon_learning_rate=muon_learning_rate,
+            muon_momentum=0.95,
+        ),
+        ranks,
+    )
 
 
 def parameters(optimizer):
@@ -43,7 +55,9 @@ def test_schedule():
     assert rate[0] == pytest.approx(1 / 11) and rate[9] == pytest.approx(10 / 11) and rate[10] == 1.0
     assert rate[55] == pytest.approx(0.55) and rate[100] == rate[129] == 0.1
     assert all(a <= b for a, b in zip(rate[:10], rate[1:11])) and all(a >= b for a, b in zip(rate[10:], rate[11:]))
-    assert learning_rate_at(5, 1.0, 0.1, 10, 10) < 1 and learning_rate_at(10, 1.0, 0.1, 10, 10) == 0.1  # no cosine at all
+    assert (
+        learning_rate_at(5, 1.0, 0.1, 10, 10) < 1 and learning_rate_at(10, 1.0, 0.1, 10, 10) == 0.1
+    )  # no cosine at all
     assert learning_rate_at(3, 1.0, 0.1, 0, 0) == 0.1
 
 
@@ -75,7 +89,7 @@ def test_steps_are_adamw():
             g = p.grad.double()
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
             w = w * (1 - 1e-2 * (0.1 if p.dim() > 1 else 0))
-            expected[name] = [w - 1e-2 * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.95 ** step)).sqrt() + 1e-8), m, v]
+            expected[name] = [w - 1e-2 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8), m, v]
         optimizer.step()
         optimizer.zero_grad()
     for name, p in model.named_parameters():
@@ -87,8 +101,12 @@ def test_bits_and_state_are_those_of_torch():
     ours, theirs = tiny_model(), tiny_model()
     optimizer = optimizer_of(ours, 1e-2, 0.1, (0.9, 0.95))
     groups = [[p for p in theirs.parameters() if p.dim() >= 2], [p for p in theirs.parameters() if p.dim() < 2]]
-    reference = torch.optim.AdamW([{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))],
-                                  lr=1e-2, betas=(0.9, 0.95), fused=True)
+    reference = torch.optim.AdamW(
+        [{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
 
     def step(model, optimizer, seed):
         ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed))
@@ -178,9 +196,13 @@ def test_orthogonalize():
 def test_muon_is_torchs(shape):
     """Five updates against torch.optim.Muon, which iterates in bfloat16 too, but rounds elsewhere."""
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    ours, theirs = (
+        torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2)
+    )
     reference = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9)
-    optimizer = Muon([{'params': [ours], 'weight_decay': 0.1, 'momentum': 0.9}], 0.05, (0.9, 0.95), dtype=torch.bfloat16)
+    optimizer = Muon(
+        [{'params': [ours], 'weight_decay': 0.1, 'momentum': 0.9}], 0.05, (0.9, 0.95), dtype=torch.bfloat16
+    )
     for _ in range(5):
         before = ours.detach().clone()
         ours.grad = torch.randn(shape)
@@ -204,10 +226,14 @@ def test_muon_treats_queries_keys_and_values_apart():
     for name, p in model.named_parameters():
         if name.endswith('c_attn.weight'):
             assert qkv_rows(p) == [16, 8, 8]
-            for was, now, gradient in zip(before[name].split([16, 8, 8]), p.split([16, 8, 8]), p.grad.split([16, 8, 8])):
+            for was, now, gradient in zip(
+                before[name].split([16, 8, 8]), p.split([16, 8, 8]), p.grad.split([16, 8, 8])
+            ):
                 # the first momentum is 0.05 of the gradient, and counts 0.95 beside 0.05 of the gradient: 0.0975 of it
                 wide = gradient if len(gradient) <= 16 else gradient.T
-                torch.testing.assert_close(now - was, -0.02 * orthogonalize(0.0975 * wide[None])[0], rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(
+                    now - was, -0.02 * orthogonalize(0.0975 * wide[None])[0], rtol=1e-3, atol=1e-5
+                )
 
 
 def test_muon_state_loads():
@@ -234,6 +260,7 @@ def test_update_ratio():
 
 
 # --- torch's own machinery takes our optimizers, and ours take torch's place ---------------------------------------------
+
 
 def learn(model, optimizer, steps=2, seed=0):
     """Some steps on made-up text -> the losses."""
@@ -267,22 +294,33 @@ def test_schedulers_of_torch_accept_ours(kind):
 def test_distributed_checkpoints_accept_ours(kind):
     """The state by parameter names, taken out and put into the optimizer of another model: both go on alike."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
     one, two = tiny_model(), tiny_model()
     optimizer, other = (optimizer_of(model, 1e-2, 0.1, (0.9, 0.95), kind) for model in (one, two))
     learn(one, optimizer)
     state = copy.deepcopy(get_optimizer_state_dict(one, optimizer))
     names = {name for name, p in one.named_parameters()}
-    assert set(state['state']) == names and {name for group in state['param_groups'] for name in group['params']} == names
+    assert (
+        set(state['state']) == names and {name for group in state['param_groups'] for name in group['params']} == names
+    )
     two.load_state_dict(one.state_dict())
     set_optimizer_state_dict(two, other, state)
     assert learn(one, optimizer, seed=5) == learn(two, other, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
-@pytest.mark.parametrize('make', [
-    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.Adam(p, lr=1e-2), lambda p: torch.optim.Adafactor(p, lr=1e-2),
-    lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5), lambda p: torch.optim.NAdam(p, lr=1e-2),
-    lambda p: torch.optim.Adagrad(p, lr=1e-2), lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True)])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=1e-2),
+        lambda p: torch.optim.Adafactor(p, lr=1e-2),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
+        lambda p: torch.optim.NAdam(p, lr=1e-2),
+        lambda p: torch.optim.Adagrad(p, lr=1e-2),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    ],
+)
 def test_what_torch_has_drops_in(make):
     """Its state is saved and loaded by the same functions, and goes on as if nothing had been."""
     one, two = tiny_model(), tiny_model()
@@ -319,8 +357,10 @@ def test_frozen_parameters_and_empty_groups(kind):
 def test_skipped_steps_are_those_of_torch(skipped):
     """torch.optim.AdamW(fused=True) with found_inf set before step(), and ours: the same bits, the count of steps included."""
     one, two = tiny_model(), tiny_model()
-    groups = [{'params': [p for p in two.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
-              {'params': [p for p in two.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    groups = [
+        {'params': [p for p in two.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
+        {'params': [p for p in two.parameters() if p.dim() < 2], 'weight_decay': 0.0},
+    ]
     ours = optimizer_of(one, 1e-2, 0.1, (0.9, 0.95))
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
     for step in range(5):
@@ -337,12 +377,16 @@ def test_skipped_steps_are_those_of_torch(skipped):
 
 def test_ours_start_without_the_compiler():
     """Making, stepping, saving and loading import nothing that takes a second."""
-    program = ('import sys, torch; from optim import *; from model import GPT, GPTConfig; '
-               'model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=5)); '
-               'settings = dict(optimizer="muon", learning_rate=1, weight_decay=1, beta1=0.5, beta2=0.5, muon_learning_rate=1, '
-               'muon_momentum=0.5); '
-               'optimizer = make_optimizer(model, settings); model(*torch.zeros(2, 1, 4, dtype=torch.long))[1].backward(); '
-               'optimizer.step(); optimizer.zero_grad(); load_optimizer_state(optimizer, optimizer.state_dict()); '
-               'print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])')
-    result = subprocess.run([sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO)), capture_output=True, text=True)
+    program = (
+        'import sys, torch; from optim import *; from model import GPT, GPTConfig; '
+        'model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=5)); '
+        'settings = dict(optimizer="muon", learning_rate=1, weight_decay=1, beta1=0.5, beta2=0.5, muon_learning_rate=1, '
+        'muon_momentum=0.5); '
+        'optimizer = make_optimizer(model, settings); model(*torch.zeros(2, 1, 4, dtype=torch.long))[1].backward(); '
+        'optimizer.step(); optimizer.zero_grad(); load_optimizer_state(optimizer, optimizer.state_dict()); '
+        'print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO)), capture_output=True, text=True
+    )
     assert result.stdout == '[]\n', result.stdout + result.stderr

@@ -1,5 +1,6 @@
 """Rearranged and 8-bit weights against the plain product, and against the 8-bit arithmetic done naively; and that a packed model is
 the model that model.py describes, whatever a person made of it."""
+
 import copy
 import json
 import math
@@ -24,11 +25,15 @@ CPU = torch.device('cpu')
 
 def has_onednn(dtype):
     """Does oneDNN multiply in this type on this processor?"""
-    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch comes without oneDNN')
-fbgemm = pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason='this torch comes without FBGEMM')
+fbgemm = pytest.mark.skipif(
+    'fbgemm' not in torch.backends.quantized.supported_engines, reason='this torch comes without FBGEMM'
+)
 
 
 def make_inputs(n_in, rows=7):
@@ -51,7 +56,7 @@ def test_packed_product(n_in, n_out, bias):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
         for i in range(7):  # however many rows there are, and for a single one
             torch.testing.assert_close(packed(x[i]), y[i], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(packed(x[i:i + 1, :1]), y[i:i + 1, :1], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(packed(x[i : i + 1, :1]), y[i : i + 1, :1], rtol=1e-5, atol=1e-6)
 
 
 @fbgemm
@@ -62,29 +67,45 @@ def test_int8_product(bias):
     with torch.no_grad():
         layer = Int8Linear(linear)
         y = layer(x)
-        w_scale, x_scale = linear.weight.abs().amax(1) / 127, x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / layer.levels
+        w_scale, x_scale = (
+            linear.weight.abs().amax(1) / 127,
+            x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / layer.levels,
+        )
         w, rows = (linear.weight / w_scale[:, None]).round().double(), (x / x_scale).round().double()
         naive = (rows @ w.t() * x_scale.double() * w_scale.double()).float() + (linear.bias if bias else 0)
         one_step = (x_scale * w_scale * 127).double()  # what rounding one input the other way makes, at most
-        assert ((y - naive).abs() <= 3 * one_step + 1e-6).all() and ((y - naive).abs() > 0.01 * one_step + 1e-6).float().mean() < 0.2
+        assert ((y - naive).abs() <= 3 * one_step + 1e-6).all() and (
+            (y - naive).abs() > 0.01 * one_step + 1e-6
+        ).float().mean() < 0.2
         assert ((y - linear(x)).norm() / linear(x).norm()) < 0.02
-        assert all(torch.equal(Int8Linear(linear)(x[i:i + 1]), y[i:i + 1]) for i in range(7)), 'a row depends on the others'
+        assert all(torch.equal(Int8Linear(linear)(x[i : i + 1]), y[i : i + 1]) for i in range(7)), (
+            'a row depends on the others'
+        )
 
 
 @fbgemm
 @pytest.mark.parametrize('levels', [63, 127])
 def test_int8_without_vnni(levels):
     """The worst case for sums of pairs in 16 bits: all at the largest. With 7-bit inputs it is exact on every processor."""
-    program = ('import torch, packing; linear = torch.nn.Linear(64, 16, bias=False); torch.nn.init.ones_(linear.weight); '
-               f'torch.cpu._is_vnni_supported = lambda: {levels == 127}; '
-               'print((packing.Int8Linear(linear)(torch.ones(1, 64)) - 64).abs().max().item())')
-    result = subprocess.run([sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO), FBGEMM_ENABLE_INSTRUCTIONS='AVX2'),
-                            capture_output=True, text=True, check=True)
+    program = (
+        'import torch, packing; linear = torch.nn.Linear(64, 16, bias=False); torch.nn.init.ones_(linear.weight); '
+        f'torch.cpu._is_vnni_supported = lambda: {levels == 127}; '
+        'print((packing.Int8Linear(linear)(torch.ones(1, 64)) - 64).abs().max().item())'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', program],
+        env=environment(PYTHONPATH=str(REPO), FBGEMM_ENABLE_INSTRUCTIONS='AVX2'),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (float(result.stdout) < 1e-3) == (levels == 63)
 
 
-@pytest.mark.parametrize('dtype, quantize, tolerance', [
-    (torch.float32, '', 1e-4), (torch.bfloat16, '', 0.03), pytest.param(torch.float32, 'int8', 0.1, marks=fbgemm)])
+@pytest.mark.parametrize(
+    'dtype, quantize, tolerance',
+    [(torch.float32, '', 1e-4), (torch.bfloat16, '', 0.03), pytest.param(torch.float32, 'int8', 0.1, marks=fbgemm)],
+)
 def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
     """The same logits up to the precision asked for, and texts that do not depend on what else is in the batch."""
     monkeypatch.setattr(packing, 'SMALLEST', 0)
@@ -100,18 +121,28 @@ def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
         with autocast(CPU, dtype):
             got, got_loss = packed(idx, idx)
     assert (got - expected).norm() / expected.norm() < tolerance and abs(got_loss - loss) < tolerance
-    batches = [Sample(prompt, (1, i)) for i, prompt in enumerate(prompts)], *([Sample(prompt, (1, i))] for i, prompt in enumerate(prompts))
+    batches = (
+        [Sample(prompt, (1, i)) for i, prompt in enumerate(prompts)],
+        *([Sample(prompt, (1, i))] for i, prompt in enumerate(prompts)),
+    )
     for batch in batches:
         with autocast(CPU, dtype):
             for _ in generate(packed, batch, 40, Sampling(1.0, top_k=20)):
                 pass
     if dtype == torch.float32 and not quantize:  # coarser sums may tip a near-tie
-        assert [sample.ids for sample in batches[0]] == [alone.ids for alone, in batches[1:]]
+        assert [sample.ids for sample in batches[0]] == [alone.ids for (alone,) in batches[1:]]
 
 
-@pytest.mark.parametrize('options', [
-    dict(), dict(bias=False, dropout=0.1), dict(mlp='swiglu', norm='rmsnorm', pos='rope', n_kv_head=2, tie_weights=False),
-    dict(mlp='relu2', pos='alibi', qk_norm=True, logit_softcap=5.0), dict(mlp='gelu_tanh', pos='none', n_kv_head=1)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(bias=False, dropout=0.1),
+        dict(mlp='swiglu', norm='rmsnorm', pos='rope', n_kv_head=2, tie_weights=False),
+        dict(mlp='relu2', pos='alibi', qk_norm=True, logit_softcap=5.0),
+        dict(mlp='gelu_tanh', pos='none', n_kv_head=1),
+    ],
+)
 @pytest.mark.parametrize('smallest', [0, 64 * 64 + 1, math.inf])
 def test_a_packed_model_is_the_same_model(options, smallest, monkeypatch, capsys):
     """Every kind of layer, all by oneDNN, the larger ones, and none, reads and continues as before."""
@@ -175,7 +206,9 @@ class Adapted(torch.nn.Linear):
     def __init__(self, layer):
         super().__init__(layer.in_features, layer.out_features)
         self.weight, self.bias = layer.weight, layer.bias
-        self.down, self.up = (torch.nn.Parameter(torch.randn(shape) / 4) for shape in ((4, self.in_features), (self.out_features, 4)))
+        self.down, self.up = (
+            torch.nn.Parameter(torch.randn(shape) / 4) for shape in ((4, self.in_features), (self.out_features, 4))
+        )
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
@@ -260,7 +293,9 @@ def norm_if_any(self, x):
     return self.c_proj(F.gelu(self.c_fc(x))) * (1 + getattr(self.c_fc, 'weight', x.new_zeros(1)).norm() / 500)
 
 
-@pytest.mark.parametrize('dtype, quantize', [(torch.float32, ''), (torch.bfloat16, ''), pytest.param(torch.float32, 'int8', marks=fbgemm)])
+@pytest.mark.parametrize(
+    'dtype, quantize', [(torch.float32, ''), (torch.bfloat16, ''), pytest.param(torch.float32, 'int8', marks=fbgemm)]
+)
 @pytest.mark.parametrize('forward', [reads_weight, reads_features, asks_for_the_type, norm_if_any])
 def test_code_behind_a_layers_back(forward, dtype, quantize, monkeypatch, capsys):
     """It never gets another result, not even by a hundredth that 8 bits would hide: the model stays, and one line says so."""
@@ -305,8 +340,14 @@ def test_the_check_leaves_random_numbers_alone():
 
 EDITS = {
     'halved': [('x + self.mlp(self.ln_2(x))', 'x + 0.5 * self.mlp(self.ln_2(x))')],
-    'adapter': [('class MLP(nn.Module)', 'class Adapted(nn.Linear):\n    def forward(self, x):\n        return super().forward(x) + '
-                 'super().forward(x.flip(-1)) / 4\n\n\nclass MLP(nn.Module)'), ('self.c_fc = nn.Linear', 'self.c_fc = Adapted')],
+    'adapter': [
+        (
+            'class MLP(nn.Module)',
+            'class Adapted(nn.Linear):\n    def forward(self, x):\n        return super().forward(x) + '
+            'super().forward(x.flip(-1)) / 4\n\n\nclass MLP(nn.Module)',
+        ),
+        ('self.c_fc = nn.Linear', 'self.c_fc = Adapted'),
+    ],
     'norm': [('self.mlp(self.ln_2(x))', 'self.mlp(torch.tanh(self.ln_2(x)))')],
     'scaled head': [('logits, cap = self.lm_head(x)', 'logits, cap = 3 * self.lm_head(x)')],
 }
@@ -323,8 +364,16 @@ def trained(tmp_path_factory):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.1)
     (folder / 'out').mkdir()
-    torch.save({'model': model.state_dict(), 'model_args': args, 'iter_num': 1, 'config': {'dataset': 'tiny'},
-                'tokenizer': {'kind': 'char', 'chars': CHARS}}, folder / 'out' / 'ckpt.pt')
+    torch.save(
+        {
+            'model': model.state_dict(),
+            'model_args': args,
+            'iter_num': 1,
+            'config': {'dataset': 'tiny'},
+            'tokenizer': {'kind': 'char', 'chars': CHARS},
+        },
+        folder / 'out' / 'ckpt.pt',
+    )
     return folder
 
 
@@ -357,9 +406,13 @@ def edited_copy(folder, edits=(), packed=True):
 
 def outputs(folder, workspace):
     """What the copies of sample.py and evaluate.py print in a workspace -> (a sample, the line of the loss, warnings)."""
-    results = [run_forked(folder / 'launcher.py', folder / script, '--device=cpu', *arguments, cwd=workspace) for script, *arguments in (
-        ('sample.py', '--start=abc', '--temperature=0', '--json=True', '--num_samples=1', '--max_new_tokens=20'),
-        ('evaluate.py', '--eval_iters=2'))]
+    results = [
+        run_forked(folder / 'launcher.py', folder / script, '--device=cpu', *arguments, cwd=workspace)
+        for script, *arguments in (
+            ('sample.py', '--start=abc', '--temperature=0', '--json=True', '--num_samples=1', '--max_new_tokens=20'),
+            ('evaluate.py', '--eval_iters=2'),
+        )
+    ]
     assert all(result.returncode == 0 for result in results), results
     return json.loads(results[0].stdout), results[1].stdout, [result.stderr for result in results]
 
@@ -373,7 +426,8 @@ def unedited(trained, tmp_path_factory):
 def test_the_code_that_is_edited_is_the_code_that_runs(edit, trained, unedited, tmp_path):
     """sample.py and evaluate.py, packed, print what the edited model.py gives when nothing is packed."""
     (sample, loss, warnings), (expected, expected_loss, _) = (
-        outputs(edited_copy(tmp_path / str(packed), EDITS[edit], packed), trained) for packed in (True, False))
+        outputs(edited_copy(tmp_path / str(packed), EDITS[edit], packed), trained) for packed in (True, False)
+    )
     assert sample.pop('log_probs') == pytest.approx(expected.pop('log_probs'), abs=1e-4) and sample == expected
     assert loss == expected_loss != unedited[1] and warnings == ['', '']
 
@@ -381,15 +435,19 @@ def test_the_code_that_is_edited_is_the_code_that_runs(edit, trained, unedited, 
 def test_a_script_says_in_one_line_that_it_goes_on_unpacked(trained, tmp_path):
     edit = [('self.activate(self.c_fc(x))', 'self.activate(F.linear(x, 0.5 * self.c_fc.weight))')]
     (sample, loss, warnings), (expected, expected_loss, _) = (
-        outputs(edited_copy(tmp_path / str(packed), edit, packed), trained) for packed in (True, False))
+        outputs(edited_copy(tmp_path / str(packed), edit, packed), trained) for packed in (True, False)
+    )
     assert (sample, loss) == (expected, expected_loss)
     assert all(warning.startswith('warning: the weights stay') and warning.count('\n') == 1 for warning in warnings)
 
 
 def test_what_cannot_be_packed():
     model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
-    for quantize, device, dtype, words in (('int4', 'cpu', torch.float32, 'unknown'), ('int8', 'cpu', torch.bfloat16, 'float32'),
-                                           ('int8', 'cuda', torch.float32, 'x86 processors only')):
+    for quantize, device, dtype, words in (
+        ('int4', 'cpu', torch.float32, 'unknown'),
+        ('int8', 'cpu', torch.bfloat16, 'float32'),
+        ('int8', 'cuda', torch.float32, 'x86 processors only'),
+    ):
         with pytest.raises(UserError, match=words):
             pack(model, torch.device(device), dtype, quantize)
     assert isinstance(model.lm_head, torch.nn.Linear)

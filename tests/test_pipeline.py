@@ -1,4 +1,5 @@
 """From text to token files: every kind of input, any number of workers, interrupted anywhere, against naive encodings of the whole."""
+
 import csv
 import errno
 import glob
@@ -28,8 +29,26 @@ from dataloader import Tokens, read_meta
 from files import LOCK, written_whole
 from tokenizer import ByteTokenizer, load_tokenizer
 
-WORDS = ['the', ' a', 'Größe', '中文', '\n', '\n\n', '  ', '1999', "'s", '...', 'naïve', '😀', '\t', 'code(x)', '<|endoftext|>', '\u3000',
-         '\x1c', 'e\u0301']
+WORDS = [
+    'the',
+    ' a',
+    'Größe',
+    '中文',
+    '\n',
+    '\n\n',
+    '  ',
+    '1999',
+    "'s",
+    '...',
+    'naïve',
+    '😀',
+    '\t',
+    'code(x)',
+    '<|endoftext|>',
+    '\u3000',
+    '\x1c',
+    'e\u0301',
+]
 
 
 def random_text(rng, words):
@@ -44,7 +63,9 @@ def make_documents(n, seed=0, words=40):
 def write_input(folder, kind, documents):
     """The documents as input of a kind -> its path."""
     folder.mkdir(exist_ok=True)
-    lines = ''.join(json.dumps({'n': i, 'text': text}, ensure_ascii=i % 2 == 0) + '\n' for i, text in enumerate(documents)).encode()
+    lines = ''.join(
+        json.dumps({'n': i, 'text': text}, ensure_ascii=i % 2 == 0) + '\n' for i, text in enumerate(documents)
+    ).encode()
     if kind == 'txt':
         for i, text in enumerate(documents):
             (folder / f'{i:05d}.txt').write_bytes(text.encode())
@@ -73,7 +94,7 @@ def write_input(folder, kind, documents):
         k = len(documents) // 3
         for i, text in enumerate(documents[:k]):
             (folder / f'a{i:05d}.txt').write_bytes(text.encode())
-        for i, part in enumerate((documents[k:2 * k], documents[2 * k:])):
+        for i, part in enumerate((documents[k : 2 * k], documents[2 * k :])):
             (folder / f'{"bc"[i]}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in part))
     return folder
 
@@ -83,10 +104,22 @@ def write_parquet(path, documents, row_group_size=50):
     pa = pytest.importorskip('pyarrow')
     pytest.importorskip('datasets')
     import pyarrow.parquet
+
     n = len(documents)
-    table = pa.table({'text': documents, 'id': [f'<urn:uuid:{i}>' for i in range(n)], 'dump': ['CC-MAIN-2013-20'] * n,
-                      'url': ['http://example.org/'] * n, 'file_path': ['s3://x'] * n, 'language': ['en'] * n,
-                      'language_score': [0.97] * n, 'token_count': list(range(n)), 'score': [2.75] * n, 'int_score': [3] * n})
+    table = pa.table(
+        {
+            'text': documents,
+            'id': [f'<urn:uuid:{i}>' for i in range(n)],
+            'dump': ['CC-MAIN-2013-20'] * n,
+            'url': ['http://example.org/'] * n,
+            'file_path': ['s3://x'] * n,
+            'language': ['en'] * n,
+            'language_score': [0.97] * n,
+            'token_count': list(range(n)),
+            'score': [2.75] * n,
+            'int_score': [3] * n,
+        }
+    )
     pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
 
 
@@ -101,13 +134,14 @@ def decoded(folder, split):
     """The documents of a split, read back."""
     meta = read_meta(str(folder))
     tokenizer = load_tokenizer(meta['tokenizer'])
-    ids = Tokens(str(folder), split, meta)[0:meta['tokens'][split]]
+    ids = Tokens(str(folder), split, meta)[0 : meta['tokens'][split]]
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
     assert ends[-1] == len(ids) - 1
     return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
@@ -125,7 +159,7 @@ def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
     for n in range(len(units) - 1):
         position = json.loads(json.dumps(units[n].position))
         again = [list(pieces_of(unit, 'text')) for unit in Files(str(tmp_path / 'in'), 0.1).units(position)]
-        assert sum(again, []) == sum(texts[n + 1:], [])
+        assert sum(again, []) == sum(texts[n + 1 :], [])
 
 
 @pytest.mark.parametrize('before', [0, 300, 700, 1100])
@@ -138,7 +172,7 @@ def test_reading_a_text_goes_on_from_any_unit(tmp_path, monkeypatch, before):
     assert ''.join(piece.text for unit in units for piece in unit.pieces) == text.replace('\r\n', '\n')
     for n in range(len(units) - 1):
         again = list(Files(str(tmp_path / 'book.txt'), 0.4).units(units[n].position))
-        assert [unit.pieces for unit in again] == [unit.pieces for unit in units[n + 1:]]
+        assert [unit.pieces for unit in again] == [unit.pieces for unit in units[n + 1 :]]
 
 
 @pytest.mark.parametrize('kind', ['jsonl.gz', 'jsonl.zst'])
@@ -163,7 +197,7 @@ def test_a_long_text_is_cut_where_no_token_is(monkeypatch, gpt2_vocabulary):
     rng = random.Random(5)
     for _ in range(300):
         text = random_text(rng, 60)
-        k = safe_cut(text[:len(text) // 2])
+        k = safe_cut(text[: len(text) // 2])
         whole = gpt2_vocabulary.encode(text).tolist()
         if k < len(text) // 2:
             assert gpt2_vocabulary.encode(text[:k]).tolist() + gpt2_vocabulary.encode(text[k:]).tolist() == whole
@@ -178,7 +212,10 @@ def test_a_text_larger_than_a_unit(tmp_path, monkeypatch, gpt2_vocabulary):
     meta = read_meta(str(tmp_path / 'data'))
     k = int(0.9 * len(text))
     for split, part in (('train', text[:k]), ('val', text[k:])):
-        assert Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist() == gpt2_vocabulary.encode(part).tolist()
+        assert (
+            Tokens(str(tmp_path / 'data'), split, meta)[0 : meta['tokens'][split]].tolist()
+            == gpt2_vocabulary.encode(part).tolist()
+        )
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 50, 10**6])
@@ -190,25 +227,37 @@ def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, size):
             path.write_text(text, encoding='utf-8')
             source = Files(str(path), 0.1)
             monkeypatch.setattr(sources, 'UNIT', size)
-            assert [piece.text for unit in source.units() for piece in unit.pieces] == [text for text in texts[:len(rows)] if text]
+            assert [piece.text for unit in source.units() for piece in unit.pieces] == [
+                text for text in texts[: len(rows)] if text
+            ]
             monkeypatch.undo()
 
 
-@pytest.mark.parametrize('name, content, words', [
-    ('a.json', '["x", "y"', 'it ends|neither a comma'), ('a.json', '["x" "y"]', 'after element 1 there is neither a comma'),
-    ('a.json', '["x",]', 'no array of JSON'), ('a.json', '["x"] ["y"]', 'something follows'), ('a.json', '["x', 'no array of JSON'),
-    ('a.json', '["x", 5]', "number 2: no JSON object with a text 'text'"),
-    ('a.json', '[{"content": "x"}]', "no JSON object with a text 'text'"),
-    ('a.json', '[' * 100000, 'no array of JSON'), ('a.json', '["x", null]', "no JSON object with a text 'text'"),
-    ('a.json', '{"text": "x"}\n{"text": \n', 'byte 14: this is no line of JSON'),
-    ('a.json', '{\n "text": "x"\n}\n', 'is neither an array of texts or objects nor one of them a line'),
-    ('a.json', '{"data": ["x"]}', "no JSON object with a text 'text'"),
-    ('a.csv', 'n,content\n1,x\n', "must name one column 'text': --text_key= may be one of n, content"),
-    ('a.csv', 'text,n,text\nx,1,y\n', "must name one column 'text'"),
-    ('a.csv', 'n;text\n1;x\n', "must name one column 'text'"),
-    ('a.csv', 'n,text\n1,Hello, world\n', 'line 2: 3 fields, where the first line names 2'),
-    ('a.csv', 'n,text\n1,x\n2\n', 'line 3: 1 fields'), ('a.csv', 'n,text\n1,"x\0y"\n', 'line 2: (holds a zero byte|not .csv)'),
-    ('a.csv', 'n,text\n1,"x\n2,y\n', 'not .csv: unexpected end of data'), ('a.csv', 'n,text\n1,"x" y\n', 'line 2: not .csv')])
+@pytest.mark.parametrize(
+    'name, content, words',
+    [
+        ('a.json', '["x", "y"', 'it ends|neither a comma'),
+        ('a.json', '["x" "y"]', 'after element 1 there is neither a comma'),
+        ('a.json', '["x",]', 'no array of JSON'),
+        ('a.json', '["x"] ["y"]', 'something follows'),
+        ('a.json', '["x', 'no array of JSON'),
+        ('a.json', '["x", 5]', "number 2: no JSON object with a text 'text'"),
+        ('a.json', '[{"content": "x"}]', "no JSON object with a text 'text'"),
+        ('a.json', '[' * 100000, 'no array of JSON'),
+        ('a.json', '["x", null]', "no JSON object with a text 'text'"),
+        ('a.json', '{"text": "x"}\n{"text": \n', 'byte 14: this is no line of JSON'),
+        ('a.json', '{\n "text": "x"\n}\n', 'is neither an array of texts or objects nor one of them a line'),
+        ('a.json', '{"data": ["x"]}', "no JSON object with a text 'text'"),
+        ('a.csv', 'n,content\n1,x\n', "must name one column 'text': --text_key= may be one of n, content"),
+        ('a.csv', 'text,n,text\nx,1,y\n', "must name one column 'text'"),
+        ('a.csv', 'n;text\n1;x\n', "must name one column 'text'"),
+        ('a.csv', 'n,text\n1,Hello, world\n', 'line 2: 3 fields, where the first line names 2'),
+        ('a.csv', 'n,text\n1,x\n2\n', 'line 3: 1 fields'),
+        ('a.csv', 'n,text\n1,"x\0y"\n', 'line 2: (holds a zero byte|not .csv)'),
+        ('a.csv', 'n,text\n1,"x\n2,y\n', 'not .csv: unexpected end of data'),
+        ('a.csv', 'n,text\n1,"x" y\n', 'line 2: not .csv'),
+    ],
+)
 def test_a_table_that_is_not_what_it_says(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=words) as error:
@@ -225,10 +274,24 @@ def test_one_value_a_line_may_be_called_json(tmp_path):
         assert [piece.text for unit in units for piece in pieces_of(unit, 'text')] == ['one', 'two', 'three\r\n']
 
 
-@pytest.mark.parametrize('name, content', [
-    ('a.tsv', b'text\nx'), ('page.HTML', b'<p>x'), ('a.pdf', b'%PDF-1.4 x'), ('a.zip', b'PK'), ('a.ipynb', b'{}'), ('a.html.gz', b'x'),
-    ('a.parquet.gz', b'x'), ('a.json', b'{\n"name": "x"}'), ('a.txt', 'x'.encode('utf-16')), ('a.txt', b'x\0'), ('a.md', b'caf\xe9'),
-    ('a.txt.gz', gzip.compress(b'x\0')), ('a', gzip.compress(b'x'))])
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('a.tsv', b'text\nx'),
+        ('page.HTML', b'<p>x'),
+        ('a.pdf', b'%PDF-1.4 x'),
+        ('a.zip', b'PK'),
+        ('a.ipynb', b'{}'),
+        ('a.html.gz', b'x'),
+        ('a.parquet.gz', b'x'),
+        ('a.json', b'{\n"name": "x"}'),
+        ('a.txt', 'x'.encode('utf-16')),
+        ('a.txt', b'x\0'),
+        ('a.md', b'caf\xe9'),
+        ('a.txt.gz', gzip.compress(b'x\0')),
+        ('a', gzip.compress(b'x')),
+    ],
+)
 def test_what_is_not_text_is_refused_by_name_or_passed_over_by_name(tmp_path, capsys, name, content):
     folder = tmp_path / 'in'
     folder.mkdir()
@@ -253,6 +316,7 @@ def test_what_a_folder_takes(tmp_path, capsys):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(gzip.compress(b'some text') if name.endswith('gz') else b'some text')
+
     def taken():
         return [os.path.relpath(path, tmp_path) for path, _ in Files(str(tmp_path), 0.1).files]
 
@@ -280,6 +344,7 @@ def test_links(tmp_path, capsys):
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind_of_input_in_full(tmp_path, kind):
     """Every document once, in its split by its hash, in order, whole; counted rightly."""
@@ -289,12 +354,15 @@ def test_every_kind_of_input_in_full(tmp_path, kind):
     keys = documents
     if kind in ('txt', 'txt.gz', 'mixed'):
         names = sorted(path.name for path in (tmp_path / 'in').glob('*.txt*'))
-        keys = names + documents[len(names):]
+        keys = names + documents[len(names) :]
     of_val = [document_hash(key) < 0.1 * 2**64 for key in keys]
     assert decoded(tmp_path / 'data', 'val') == [text for text, val in zip(documents, of_val) if val]
     assert decoded(tmp_path / 'data', 'train') == [text for text, val in zip(documents, of_val) if not val]
     meta = read_meta(str(tmp_path / 'data'))
-    assert meta['documents'] == {'train': of_val.count(False), 'val': of_val.count(True)} and 15 < meta['documents']['val'] < 70
+    assert (
+        meta['documents'] == {'train': of_val.count(False), 'val': of_val.count(True)}
+        and 15 < meta['documents']['val'] < 70
+    )
     assert sum(meta['bytes'].values()) == sum(len(text.encode()) for text in documents)
     sizes = [os.path.getsize(path) for path in sorted(glob.glob(str(tmp_path / 'data' / 'train_*.bin')))]
     assert len(sizes) > 2 and set(sizes[:-1]) == {10000} and sum(sizes) == 2 * meta['tokens']['train']
@@ -353,14 +421,22 @@ def test_killed_at_random_moments(data_folder):
     path = write_input(data_folder / 'in', 'jsonl', make_documents(4000, words=100))
     made = data_folder / 'data' / 'text'
     arguments = [f'--input={path}', '--tokenizer=bpe', '--vocab_size=500', '--shard_tokens=100_000', '--workers=2']
-    code = ("import runpy, sys; sys.path.insert(0, '.'); from data import pipeline, sources; "
-            "pipeline.SAVE_SECONDS, sources.UNIT = 0, 20000; "
-            "sys.argv[0] = 'data/text/prepare.py'; runpy.run_path(sys.argv[0], run_name='__main__')")
+    code = (
+        "import runpy, sys; sys.path.insert(0, '.'); from data import pipeline, sources; "
+        'pipeline.SAVE_SECONDS, sources.UNIT = 0, 20000; '
+        "sys.argv[0] = 'data/text/prepare.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     rng, kills = random.Random(11), int(os.environ.get('SAMGPT_TEST_KILLS', 3))
 
     def start(name):
-        return subprocess.Popen([sys.executable, '-c', code, *arguments, f'--name={name}'], cwd=data_folder, env=environment(),
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return subprocess.Popen(
+            [sys.executable, '-c', code, *arguments, f'--name={name}'],
+            cwd=data_folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     once = start('once')
     assert once.communicate() and once.returncode == 0
@@ -387,7 +463,10 @@ def test_killed_at_random_moments(data_folder):
 
 def test_moving_up_can_be_interrupted(tmp_path, monkeypatch):
     """The second preparation has other shards than the first; until all have moved, training refuses, then it has the new ones only."""
-    paths = [str(write_input(tmp_path / name, 'jsonl', make_documents(300, seed))) for seed, name in enumerate(('first', 'second'))]
+    paths = [
+        str(write_input(tmp_path / name, 'jsonl', make_documents(300, seed)))
+        for seed, name in enumerate(('first', 'second'))
+    ]
     write_dataset(str(tmp_path / 'data'), Files(paths[0], 0.1), 'byte', shard_tokens=1000)
     write_dataset(str(tmp_path / 'expected'), Files(paths[1], 0.1), 'byte', shard_tokens=3000)
     real, calls = os.replace, []
@@ -423,7 +502,10 @@ def test_nothing_of_an_earlier_preparation_is_left_when_the_new_one_moves_up(tmp
         Tokens(str(tmp_path / 'data'), 'train', read_meta(str(tmp_path / 'data')))
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'second.txt'), 0.1), 'char')
     meta = read_meta(str(tmp_path / 'data'))
-    assert load_tokenizer(meta['tokenizer']).decode(Tokens(str(tmp_path / 'data'), 'train', meta)[0:6].tolist()) == 'xyzxyz'
+    assert (
+        load_tokenizer(meta['tokenizer']).decode(Tokens(str(tmp_path / 'data'), 'train', meta)[0:6].tolist())
+        == 'xyzxyz'
+    )
 
 
 @pytest.mark.parametrize('left', [[], ['progress.json'], ['meta.json', 'progress.json'], ['train_000.bin', 'lock']])
@@ -460,10 +542,19 @@ def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, kind):
         assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
 
 
-@pytest.mark.parametrize('name, content', [
-    ('train_000.bin', None), ('val_000.bin', None), ('train_001.bin', b''), ('progress.json', b'5'), ('progress.json', b'{"position": {}}'),
-    ('progress.json', b'{"position": {"progress": 1}, "threshold": 1, "hashes": [], "splits": {}}'), ('setup.json', b'["x"]'),
-    ('setup.json', b'{')])
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('train_000.bin', None),
+        ('val_000.bin', None),
+        ('train_001.bin', b''),
+        ('progress.json', b'5'),
+        ('progress.json', b'{"position": {}}'),
+        ('progress.json', b'{"position": {"progress": 1}, "threshold": 1, "hashes": [], "splits": {}}'),
+        ('setup.json', b'["x"]'),
+        ('setup.json', b'{'),
+    ],
+)
 def test_a_damaged_preparation_is_one_line(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(300)))
@@ -520,14 +611,18 @@ def test_other_text_or_settings_start_anew(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('fraction', [0.001, 0.999])
 def test_few_documents_give_both_splits_something(tmp_path, fraction):
     documents = make_documents(7)
-    write_dataset(str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', documents)), fraction), 'byte')
+    write_dataset(
+        str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', documents)), fraction), 'byte'
+    )
     train, val = decoded(tmp_path / 'data', 'train'), decoded(tmp_path / 'data', 'val')
     assert sorted(train + val) == sorted(documents) and min(len(train), len(val)) == 1
 
 
 def test_one_document_cannot_be_split(tmp_path):
     with pytest.raises(UserError, match='fewer than two different documents'):
-        write_dataset(str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', ['one text'])), 0.1), 'byte')
+        write_dataset(
+            str(tmp_path / 'data'), Files(str(write_input(tmp_path / 'in', 'jsonl', ['one text'])), 0.1), 'byte'
+        )
 
 
 def test_max_tokens(tmp_path, monkeypatch):
@@ -543,7 +638,10 @@ def test_max_tokens(tmp_path, monkeypatch):
         part = (tmp_path / 'part' / f'{split}.bin').read_bytes()
         assert part and (tmp_path / 'all' / f'{split}.bin').read_bytes().startswith(part)
     tokens = read_meta(str(tmp_path / 'part'))['tokens']['train']
-    assert 7001 <= tokens < 8000 and len(decoded(tmp_path / 'part', 'train')) == read_meta(str(tmp_path / 'part'))['documents']['train']
+    assert (
+        7001 <= tokens < 8000
+        and len(decoded(tmp_path / 'part', 'train')) == read_meta(str(tmp_path / 'part'))['documents']['train']
+    )
     (tmp_path / 'book.txt').write_text('a text ' * 99)
     with pytest.raises(UserError, match='--max_tokens: takes the first of many documents'):
         write_dataset(str(tmp_path / 'book'), Files(str(tmp_path / 'book.txt'), 0.1), 'byte', max_tokens=100)
@@ -573,13 +671,17 @@ def test_two_preparations_of_one_data_set(tmp_path):
 
 def naming_open_files(real):
     """os.unlink as NFS has it: a file that is open anywhere in this process gets another name instead, and goes when it is closed."""
+
     def unlink(path, *, dir_fd=None):
         wanted = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
         for number in os.listdir('/proc/self/fd'):
             with suppress(OSError):
                 if os.path.samestat(os.fstat(int(number)), wanted):
-                    return os.rename(path, os.path.join(os.path.dirname(path), f'.nfs{number}'), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                    return os.rename(
+                        path, os.path.join(os.path.dirname(path), f'.nfs{number}'), src_dir_fd=dir_fd, dst_dir_fd=dir_fd
+                    )
         return real(path, dir_fd=dir_fd)
+
     return unlink
 
 
@@ -590,7 +692,9 @@ def test_where_open_files_cannot_be_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'unlink', naming_open_files(os.unlink))
     monkeypatch.setattr(os, 'remove', os.unlink)
     with pytest.raises(UserError, match='two different documents'):
-        write_dataset(str(tmp_path / 'one'), Files(str(write_input(tmp_path / 'few', 'jsonl', ['one text'])), 0.1), 'byte')
+        write_dataset(
+            str(tmp_path / 'one'), Files(str(write_input(tmp_path / 'few', 'jsonl', ['one text'])), 0.1), 'byte'
+        )
     assert not (tmp_path / 'one').exists()
     with monkeypatch.context() as patch, pytest.raises(UserError, match='GB more will be needed'):
         patch.setattr(pipeline.shutil, 'disk_usage', lambda folder: type('', (), {'free': -1}))
@@ -679,10 +783,15 @@ def test_large_row_groups_and_empty_tables(tmp_path, monkeypatch):
 
 
 def test_json_with_lone_surrogates_and_empty_texts(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": null}\n'
-                                     '{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n')
+    (tmp_path / 'a.jsonl').write_text(
+        '{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": null}\n{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n'
+    )
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.jsonl'), 0.5), 'byte')
-    assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == ['a\0b', 'x\ufffdy', 'z😀']
+    assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == [
+        'a\0b',
+        'x\ufffdy',
+        'z😀',
+    ]
 
 
 def test_characters_of_many_documents(tmp_path):
@@ -690,9 +799,14 @@ def test_characters_of_many_documents(tmp_path):
     write_dataset(str(tmp_path / 'data'), Documents(texts, 0.1), 'char')
     meta = read_meta(str(tmp_path / 'data'))
     tokenizer = load_tokenizer(meta['tokenizer'])
-    read = [tokenizer.decode(Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist()) for split in ('train', 'val')]
+    read = [
+        tokenizer.decode(Tokens(str(tmp_path / 'data'), split, meta)[0 : meta['tokens'][split]].tolist())
+        for split in ('train', 'val')
+    ]
     assert ''.join(read) == ''.join(text + '\n' for text in texts)
-    assert len(read[0].replace('\n', '')) == pytest.approx(0.9 * sum(len(text.replace('\n', '')) for text in texts), abs=6)
+    assert len(read[0].replace('\n', '')) == pytest.approx(
+        0.9 * sum(len(text.replace('\n', '')) for text in texts), abs=6
+    )
 
 
 def test_uint32_where_the_vocabulary_needs_it(tmp_path, monkeypatch):
@@ -708,11 +822,13 @@ def test_uint32_where_the_vocabulary_needs_it(tmp_path, monkeypatch):
 
 # --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope='module')
 def model_folder(tmp_path_factory):
     """A model's folder, with a tokenizer that is not of bytes, and asks to cut texts short."""
     tokenizers = pytest.importorskip('tokenizers')
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
     library = tokenizers.Tokenizer(models.BPE(unk_token='<unk>'))
     library.normalizer, library.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Metaspace()
     library.decoder = decoders.Metaspace()
@@ -730,6 +846,7 @@ def model_folder(tmp_path_factory):
 def test_the_tokenizer_of_a_model(tmp_path, monkeypatch, model_folder, name, workers):
     """Document by document what the library gives, each followed by the eos token, which no text is, however it is spelled."""
     import tokenizers
+
     monkeypatch.setattr(sources, 'UNIT', 500)
     library = tokenizers.Tokenizer.from_file(str(model_folder / 'tokenizer.json'))
     library.no_truncation()
@@ -741,12 +858,16 @@ def test_the_tokenizer_of_a_model(tmp_path, monkeypatch, model_folder, name, wor
         write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 7), given, workers=workers)
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), given, workers=workers)
     meta = read_meta(str(tmp_path / 'data'))
-    assert meta['vocab_size'] == 400 and meta['tokenizer']['json'] == (model_folder / 'tokenizer.json').read_text(encoding='utf-8')
+    assert meta['vocab_size'] == 400 and meta['tokenizer']['json'] == (model_folder / 'tokenizer.json').read_text(
+        encoding='utf-8'
+    )
     end = library.token_to_id('</s>')
     for split in ('train', 'val'):
         chosen = [text for text in documents if (document_hash(text) < 0.1 * 2**64) == (split == 'val')]
         naive = [i for text in chosen for i in [*library.encode(text, add_special_tokens=False).ids, end]]
-        assert Tokens(str(tmp_path / 'data'), split, meta)[0:meta['tokens'][split]].tolist() == naive and naive.count(end) == len(chosen)
+        assert Tokens(str(tmp_path / 'data'), split, meta)[0 : meta['tokens'][split]].tolist() == naive and naive.count(
+            end
+        ) == len(chosen)
 
 
 def test_another_tokenizer_of_the_same_name_starts_anew(tmp_path, monkeypatch, model_folder, capsys):
@@ -759,7 +880,7 @@ def test_another_tokenizer_of_the_same_name_starts_anew(tmp_path, monkeypatch, m
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'm'))
     assert 'starting anew' in capsys.readouterr().out
     meta = read_meta(str(tmp_path / 'data'))
-    ids = Tokens(str(tmp_path / 'data'), 'train', meta)[0:meta['tokens']['train']].tolist()
+    ids = Tokens(str(tmp_path / 'data'), 'train', meta)[0 : meta['tokens']['train']].tolist()
     assert ids.count(2) == meta['documents']['train'] and ids.count(1) == 0
 
 
@@ -777,8 +898,14 @@ def test_a_tokenizer_that_ends_no_document(tmp_path, model_folder):
     assert not (tmp_path / 'data/preparing').exists()
 
 
-@pytest.mark.parametrize('name, words', [('absent', 'must be char, byte, gpt2, bpe, or the tokenizer.json'),
-                                         ('', 'there is no tokenizer.json in it'), ('a.jsonl', 'not a tokenizer.json')])
+@pytest.mark.parametrize(
+    'name, words',
+    [
+        ('absent', 'must be char, byte, gpt2, bpe, or the tokenizer.json'),
+        ('', 'there is no tokenizer.json in it'),
+        ('a.jsonl', 'not a tokenizer.json'),
+    ],
+)
 def test_what_is_no_tokenizer(tmp_path, name, words):
     path = write_input(tmp_path / 'in', 'jsonl', make_documents(20))
     with pytest.raises(UserError, match=words):
@@ -787,6 +914,7 @@ def test_what_is_no_tokenizer(tmp_path, name, words):
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
+
 
 def prepare(folder, name, *arguments, **extra):
     command = [sys.executable, str(folder / 'data' / name / 'prepare.py'), *arguments]
@@ -805,7 +933,7 @@ def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, 
     card = {'configs': [{'config_name': 'sample-10BT', 'data_files': [{'split': 'train', 'path': 'sample/10BT/*'}]}]}
     (hub / 'README.md').write_text(f'---\n{json.dumps(card)}\n---\n')
     for n in range(2):
-        write_parquet(folder / f'00{n}_00000.parquet', documents[250 * n:250 * n + 250])
+        write_parquet(folder / f'00{n}_00000.parquet', documents[250 * n : 250 * n + 250])
     result = prepare(data_folder, name, '--val_fraction=0.05', *([f'--input={hub}'] if way == 'input' else []))
     assert result.returncode == 0, result.stderr
     assert ('streaming' in result.stdout) == (way == 'hub')
@@ -814,15 +942,20 @@ def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, 
     for split in ('train', 'val'):
         chosen = [text for text in documents if (document_hash(text) < 0.05 * 2**64) == (split == 'val')]
         naive = [i for text in chosen for i in [*gpt2_vocabulary.bpe.encode_ordinary(text), 50256]]
-        assert Tokens(str(data_folder / 'data' / name), split, meta)[0:meta['tokens'][split]].tolist() == naive
+        assert Tokens(str(data_folder / 'data' / name), split, meta)[0 : meta['tokens'][split]].tolist() == naive
 
 
-@pytest.mark.parametrize('name, hub', [('openwebtext', 'Skylion007/openwebtext'), ('fineweb', 'HuggingFaceFW/fineweb-edu')])
+@pytest.mark.parametrize(
+    'name, hub', [('openwebtext', 'Skylion007/openwebtext'), ('fineweb', 'HuggingFaceFW/fineweb-edu')]
+)
 def test_without_the_hub_there_is_one_line(data_folder, name, hub):
     pytest.importorskip('datasets')
     result = prepare(data_folder, name, '--tokenizer=byte', HF_HUB_OFFLINE='1')
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert f'error: cannot load {hub} (is the network reachable?' in result.stderr and '--input= takes local files' in result.stderr
+    assert (
+        f'error: cannot load {hub} (is the network reachable?' in result.stderr
+        and '--input= takes local files' in result.stderr
+    )
     assert not (data_folder / 'data' / name / 'preparing').exists()
 
 
@@ -831,7 +964,7 @@ def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
     documents = make_documents(700, seed=2)
     (tmp_path / 'hub').mkdir()
     for n in range(2):
-        write_parquet(tmp_path / 'hub' / f'00{n}_00000.parquet', documents[350 * n:350 * n + 350])
+        write_parquet(tmp_path / 'hub' / f'00{n}_00000.parquet', documents[350 * n : 350 * n + 350])
     monkeypatch.setattr(sources, 'UNIT', 3000)
     monkeypatch.setattr(sources, 'ROWS', 16)
     source = sources.Hub(str(tmp_path / 'hub'), 0.1)
@@ -876,24 +1009,46 @@ def test_text_that_lies_in_the_data_sets_own_folder(data_folder):
         (own / 'preparing').mkdir()
         (own / 'preparing/notes.txt').write_text('left by an interruption')
         (own / 'meta.json.part').write_text('and this')
-    assert runs[0] == {name: runs[1][name] for name in runs[0]} and set(runs[0]) == {'input.txt', 'train.bin', 'val.bin', 'meta.json'}
+    assert runs[0] == {name: runs[1][name] for name in runs[0]} and set(runs[0]) == {
+        'input.txt',
+        'train.bin',
+        'val.bin',
+        'meta.json',
+    }
     assert json.loads((own / 'meta.json').read_text())['tokens'] == {'train': 891, 'val': 99}
     (data_folder / 'books').symlink_to(data_folder / 'data/text')
     source = Files(str(data_folder / 'books'), 0.1, own=str(own))
     assert sorted(os.path.basename(path) for path, _ in source.files) == ['input.txt', 'prepare.py']
 
 
-SHAPE = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
-         '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=4', '--warmup_iters=2', '--lr_decay_iters=8',
-         '--learning_rate=1e-2', '--min_lr=1e-3', '--align_documents=True']
+SHAPE = [
+    '--device=cpu',
+    '--compile=False',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=2',
+    '--eval_iters=2',
+    '--eval_interval=4',
+    '--warmup_iters=2',
+    '--lr_decay_iters=8',
+    '--learning_rate=1e-2',
+    '--min_lr=1e-3',
+    '--align_documents=True',
+]
 
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
 def test_training_on_three_shards_with_a_trained_bpe_resumes_exactly(data_folder, order):
     import torch
+
     documents = make_documents(600, seed=4)
     (data_folder / 'web.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in documents))
-    result = prepare(data_folder, 'text', '--input=web.jsonl', '--tokenizer=bpe', '--vocab_size=400', '--shard_tokens=6000')
+    result = prepare(
+        data_folder, 'text', '--input=web.jsonl', '--tokenizer=bpe', '--vocab_size=400', '--shard_tokens=6000'
+    )
     assert result.returncode == 0, result.stderr
     shards = sorted(path.name for path in (data_folder / 'data/text/web').glob('train*'))
     assert shards == ['train_000.bin', 'train_001.bin', 'train_002.bin']
@@ -903,8 +1058,15 @@ def test_training_on_three_shards_with_a_trained_bpe_resumes_exactly(data_folder
     run_forked_ok('train.py', *arguments, '--out_dir=twice', '--max_iters=8', '--init_from=resume', cwd=data_folder)
     once, twice = (torch.load(data_folder / name / 'ckpt.pt', weights_only=True)['model'] for name in ('once', 'twice'))
     assert all(torch.equal(once[name], twice[name]) for name in once)
-    out = run_forked_ok('sample.py', '--out_dir=once', '--num_samples=1', '--max_new_tokens=20', '--device=cpu', '--json=True',
-                        cwd=data_folder)
+    out = run_forked_ok(
+        'sample.py',
+        '--out_dir=once',
+        '--num_samples=1',
+        '--max_new_tokens=20',
+        '--device=cpu',
+        '--json=True',
+        cwd=data_folder,
+    )
     assert len(json.loads(out)['token_ids']) <= 20 and once['transformer.wte.weight'].shape == (400, 32)
 
 
@@ -915,14 +1077,17 @@ def test_describe(data_folder):
     out = run_forked_ok('data/describe.py', 'text/web', '--windows=2', '--window_tokens=9', cwd=data_folder)
     meta = read_meta(str(data_folder / 'data/text/web'))
     assert 'tokenizer byte, vocabulary of 257' in out
-    assert f'{meta["tokens"]["train"]:,} tokens in 1 file' in out and f'{meta["documents"]["train"]:,} ends of documents' in out
+    assert (
+        f'{meta["tokens"]["train"]:,} tokens in 1 file' in out
+        and f'{meta["documents"]["train"]:,} ends of documents' in out
+    )
     part = meta['bytes']['train'] / meta['tokens']['train']
     assert f'{part:.2f} bytes of text a token' in out
     shown = [line.split(': ', 1) for line in out.splitlines() if line.startswith('  at ')]
     assert len(shown) == 4
     train = Tokens(str(data_folder / 'data/text/web'), 'train', meta)
     start = int(shown[0][0].removeprefix('  at ').replace(',', ''))
-    assert ByteTokenizer().decode(train[start:start + 9].tolist()) == eval(shown[0][1])
+    assert ByteTokenizer().decode(train[start : start + 9].tolist()) == eval(shown[0][1])
     for mistake in ([], ['absent'], ['text/web', '--windows=-1']):
         result = run_forked('data/describe.py', *mistake, cwd=data_folder)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
@@ -931,15 +1096,20 @@ def test_describe(data_folder):
 def test_evaluation_in_bits_per_byte(data_folder):
     """The same as from the loss and the lengths of what was predicted."""
     import torch
+
     (data_folder / 'web.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in make_documents(300)))
     assert prepare(data_folder, 'text', '--input=web.jsonl', '--tokenizer=bpe', '--vocab_size=300').returncode == 0
     run_forked_ok('train.py', '--dataset=text/web', *SHAPE, '--max_iters=2', cwd=data_folder)
     out = run_forked_ok('evaluate.py', '--device=cpu', cwd=data_folder)
     meta = read_meta(str(data_folder / 'data/text/web'))
-    row = Tokens(str(data_folder / 'data/text/web'), 'val', meta)[0:meta['tokens']['val']]
+    row = Tokens(str(data_folder / 'data/text/web'), 'val', meta)[0 : meta['tokens']['val']]
     tokenizer = load_tokenizer(meta['tokenizer'])
     n = (len(row) - 1) // 16 * 16
-    text_bytes = len(b''.join(tokenizer.bpe.decode_single_token_bytes(i) for i in row[1:n + 1].tolist() if i != tokenizer.end_of_text))
+    text_bytes = len(
+        b''.join(
+            tokenizer.bpe.decode_single_token_bytes(i) for i in row[1 : n + 1].tolist() if i != tokenizer.end_of_text
+        )
+    )
     loss, bits = (float(out.split(word)[1].split()[0].rstrip(',')) for word in ('loss', 'perplexity '))
     bits = float(out.split(' bits per byte')[0].split()[-1])
     assert bits == pytest.approx(loss * n / torch.tensor(2.0).log().item() / text_bytes, rel=2e-4)

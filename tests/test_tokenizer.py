@@ -1,4 +1,5 @@
 """Text to ids and back, for any text."""
+
 import functools
 import json
 import os
@@ -31,7 +32,10 @@ from tokenizer import (
 
 def random_text(rng, n=200):
     """Characters from all over Unicode."""
-    return ''.join(chr(rng.choice([rng.randrange(0x80), rng.randrange(0xA0, 0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(n))
+    return ''.join(
+        chr(rng.choice([rng.randrange(0x80), rng.randrange(0xA0, 0xD800), rng.randrange(0xE000, 0x110000)]))
+        for _ in range(n)
+    )
 
 
 def test_characters_round_trip():
@@ -55,6 +59,7 @@ def test_unknown_characters_are_named():
 
 def test_gpt2_is_tiktokens(gpt2_vocabulary):
     import tiktoken
+
     theirs = tiktoken.get_encoding('gpt2')
     rng = random.Random(1)
     texts = [random_text(rng) for _ in range(20)] + ['', 'Hello, <|endoftext|> world']
@@ -81,8 +86,29 @@ def test_tokenizers_library_round_trip():
 
 def unruly_text(rng, n=40):
     """Letters, digits, marks, white space and special tokens of all kinds, in a row."""
-    pieces = ['the ', 'The', " it's", "'LL", ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', '\x1c', '\x00', '<|endoftext|>', '12', '٣',
-              '...', 'é', 'e\u0301', '漢字', '😀']
+    pieces = [
+        'the ',
+        'The',
+        " it's",
+        "'LL",
+        ' ',
+        '  ',
+        '\n',
+        '\r\n',
+        '\t',
+        '\u3000',
+        '\x85',
+        '\x1c',
+        '\x00',
+        '<|endoftext|>',
+        '12',
+        '٣',
+        '...',
+        'é',
+        'e\u0301',
+        '漢字',
+        '😀',
+    ]
     return ''.join(rng.choice(pieces) if rng.random() < 0.7 else random_text(rng, 1) for _ in range(rng.randrange(n)))
 
 
@@ -101,7 +127,9 @@ def trained():
 
 def test_a_trained_bpe_is_the_tokenizers_librarys(trained):
     ours, theirs = trained
-    assert ours.vocab_size == theirs.get_vocab_size() == 1500 and ours.end_of_text == theirs.token_to_id('<|endoftext|>')
+    assert ours.vocab_size == theirs.get_vocab_size() == 1500 and ours.end_of_text == theirs.token_to_id(
+        '<|endoftext|>'
+    )
     rng, merged = random.Random(4), 0
     for _ in range(3000):
         text = unruly_text(rng)
@@ -121,6 +149,7 @@ def test_both_libraries_cut_text_alike():
     from tokenizers import models, pre_tokenizers
 
     from tokenizer import GPT2_PATTERN
+
     char = byte_characters()
     vocab, merges, ranks = {char[byte]: byte for byte in range(256)}, [], {bytes([byte]): byte for byte in range(256)}
     for first in b'a1. \n':
@@ -162,30 +191,72 @@ def test_facts_of_a_spec(trained, gpt2_vocabulary):
         assert spec_vocab_size(tokenizer.spec()) == tokenizer.vocab_size == len(tokenizer.token_bytes())
         assert spec_end_of_text(tokenizer.spec()) == tokenizer.end_of_text
     assert same_ids(GPT2_SPEC, dict(GPT2_SPEC))
-    assert not same_ids(GPT2_SPEC, {'kind': 'byte'}) and not same_ids({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'ac'})
+    assert not same_ids(GPT2_SPEC, {'kind': 'byte'}) and not same_ids(
+        {'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'ac'}
+    )
 
 
-@pytest.mark.parametrize('spec', [{'kind': 'bpe', 'json': json} for json in (
-    '', '[]', '{}', '{"model": {"vocab": {"a": 0}}}', '{"model": {"vocab": {"<|endoftext|>": "x"}}}', '{"model": {"vocab": [1]}}',
-    '{"model": {"vocab": {"<|endoftext|>": 0, "\\u4e00": 1}}}', '{"model": {"vocab": {"<|endoftext|>": -1}}}', '[' * 100000)])
+@pytest.mark.parametrize(
+    'spec',
+    [
+        {'kind': 'bpe', 'json': json}
+        for json in (
+            '',
+            '[]',
+            '{}',
+            '{"model": {"vocab": {"a": 0}}}',
+            '{"model": {"vocab": {"<|endoftext|>": "x"}}}',
+            '{"model": {"vocab": [1]}}',
+            '{"model": {"vocab": {"<|endoftext|>": 0, "\\u4e00": 1}}}',
+            '{"model": {"vocab": {"<|endoftext|>": -1}}}',
+            '[' * 100000,
+        )
+    ],
+)
 def test_unsound_bpe(spec):
     pytest.importorskip('tiktoken')
     with pytest.raises(ValueError, match='not the tokenizer.json of a byte-level BPE trained here'):
         load_tokenizer(spec)
 
 
-@pytest.mark.parametrize('spec', [None, [], {}, {'kind': 'bpe'}, {'kind': 'words'}, {'kind': 'char'}, {'kind': 'char', 'chars': ''},
-                                  {'kind': 'char', 'chars': 'aba'}, {'kind': 'char', 'chars': ['a']}, {'kind': 'tokenizers'}])
+@pytest.mark.parametrize(
+    'spec',
+    [
+        None,
+        [],
+        {},
+        {'kind': 'bpe'},
+        {'kind': 'words'},
+        {'kind': 'char'},
+        {'kind': 'char', 'chars': ''},
+        {'kind': 'char', 'chars': 'aba'},
+        {'kind': 'char', 'chars': ['a']},
+        {'kind': 'tokenizers'},
+    ],
+)
 def test_unsound_specs(spec):
     with pytest.raises(ValueError):
         check_spec(spec)
 
 
-@pytest.mark.parametrize('meta', [[], {}, {'vocab_size': 1, 'itos': {1: 'a'}}, {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}},
-                                  {'vocab_size': '2', 'itos': {}}, {'vocab_size': 0}, {'vocab_size': -1}, {'vocab_size': True},
-                                  {'vocab_size': 2, 'itos': {0: 'a', 'b': 1}}, {'vocab_size': 1, 'itos': {-1: 'a'}},
-                                  {'vocab_size': 2, 'itos': 'ab'}, {'vocab_size': 2, 'itos': ['a', 'b', 'c']},
-                                  {'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}}])
+@pytest.mark.parametrize(
+    'meta',
+    [
+        [],
+        {},
+        {'vocab_size': 1, 'itos': {1: 'a'}},
+        {'vocab_size': 2, 'itos': {0: 'a', 1: 'a'}},
+        {'vocab_size': '2', 'itos': {}},
+        {'vocab_size': 0},
+        {'vocab_size': -1},
+        {'vocab_size': True},
+        {'vocab_size': 2, 'itos': {0: 'a', 'b': 1}},
+        {'vocab_size': 1, 'itos': {-1: 'a'}},
+        {'vocab_size': 2, 'itos': 'ab'},
+        {'vocab_size': 2, 'itos': ['a', 'b', 'c']},
+        {'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}},
+    ],
+)
 def test_unsound_nanogpt_meta(meta):
     with pytest.raises(ValueError):
         spec_from_nanogpt(meta)
@@ -193,11 +264,13 @@ def test_unsound_nanogpt_meta(meta):
 
 # --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
 
+
 @functools.cache
 def gpt2_files():
     """GPT-2's tokenizer as Hugging Face stores it, made from tiktoken's ranks -> vocab.json's dict, merges.txt's pairs, tokenizer.json's
     dict. In a token of several bytes, what was merged by lower ranks leaves two parts: these are its merge."""
     from tokenizer import load_gpt2
+
     char, bpe = byte_characters(), load_gpt2().bpe
     ranks = {bpe.decode_single_token_bytes(i): i for i in range(50256)}
     merges = []
@@ -206,16 +279,35 @@ def gpt2_files():
         while len(parts) > 2:
             lowest = min((ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])))
             i = next(i for i in range(len(parts) - 1) if ranks.get(parts[i] + parts[i + 1], rank) == lowest)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append([''.join(char[byte] for byte in part) for part in parts])
     vocab = {''.join(char[byte] for byte in token): rank for token, rank in ranks.items()} | {'<|endoftext|>': 50256}
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
-    end = {'id': 50256, 'content': '<|endoftext|>', 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
-           'normalized': True}
-    return vocab, merges, {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [end], 'normalizer': None,
-                           'pre_tokenizer': byte_level, 'post_processor': None, 'decoder': byte_level,
-                           'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges}}
+    end = {
+        'id': 50256,
+        'content': '<|endoftext|>',
+        'special': True,
+        'single_word': False,
+        'lstrip': False,
+        'rstrip': False,
+        'normalized': True,
+    }
+    return (
+        vocab,
+        merges,
+        {
+            'version': '1.0',
+            'truncation': None,
+            'padding': None,
+            'added_tokens': [end],
+            'normalizer': None,
+            'pre_tokenizer': byte_level,
+            'post_processor': None,
+            'decoder': byte_level,
+            'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges},
+        },
+    )
 
 
 def foreign(description, **arguments):
@@ -260,11 +352,18 @@ def test_a_token_added_behind_the_vocabulary_changes_no_other(gpt2_vocabulary):
 def test_same_ids_of_small_tokenizers(trained):
     ours, library = trained
     description = json.loads(ours.spec()['json'])
-    assert same_ids(ours.spec(), foreign(description, indent=2)) and same_ids(foreign(description, indent=2), ours.spec())
-    fewer = changed(description, merges=description['model']['merges'][:-1],
-                    vocab={token: id for token, id in description['model']['vocab'].items() if id != 1499})
+    assert same_ids(ours.spec(), foreign(description, indent=2)) and same_ids(
+        foreign(description, indent=2), ours.spec()
+    )
+    fewer = changed(
+        description,
+        merges=description['model']['merges'][:-1],
+        vocab={token: id for token, id in description['model']['vocab'].items() if id != 1499},
+    )
     assert not same_ids(ours.spec(), foreign(fewer)) and not same_ids(foreign(fewer), ours.spec())
-    assert not same_ids({'kind': 'byte'}, ours.spec()) and not same_ids({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'})
+    assert not same_ids({'kind': 'byte'}, ours.spec()) and not same_ids(
+        {'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'}
+    )
 
 
 def write_folder(folder, **files):
@@ -273,7 +372,9 @@ def write_folder(folder, **files):
     for path in folder.iterdir():
         path.unlink()
     for name, content in files.items():
-        text = '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in content) if name == 'merges' else json.dumps(content)
+        text = (
+            '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in content) if name == 'merges' else json.dumps(content)
+        )
         (folder / f'{name}.{"txt" if name == "merges" else "json"}').write_text(text, encoding='utf-8')
     return str(folder)
 
@@ -292,25 +393,58 @@ def test_vocab_json_and_merges_txt_of_gpt2(tmp_path, gpt2_vocabulary):
     assert tokenizer.token_bytes().tolist() == gpt2_vocabulary.token_bytes().tolist()
 
 
-SMALL_VOCAB = {**{char: i for i, char in enumerate(byte_characters())}, 'th': 256, '</s>': 257, '<|endoftext|>': 258, '<|end|>': 259}
+SMALL_VOCAB = {
+    **{char: i for i, char in enumerate(byte_characters())},
+    'th': 256,
+    '</s>': 257,
+    '<|endoftext|>': 258,
+    '<|end|>': 259,
+}
 
 
 def small(added=('</s>',), **changes):
     """A small tokenizer.json's dict."""
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
-    tokens = [{'id': SMALL_VOCAB[token], 'content': token, 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
-               'normalized': False} for token in added]
+    tokens = [
+        {
+            'id': SMALL_VOCAB[token],
+            'content': token,
+            'special': True,
+            'single_word': False,
+            'lstrip': False,
+            'rstrip': False,
+            'normalized': False,
+        }
+        for token in added
+    ]
     model = {'type': 'BPE', 'vocab': SMALL_VOCAB, 'merges': [['t', 'h']]}
-    return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': tokens, 'normalizer': None, 'pre_tokenizer': byte_level,
-            'post_processor': None, 'decoder': byte_level, 'model': model, **changes}
+    return {
+        'version': '1.0',
+        'truncation': None,
+        'padding': None,
+        'added_tokens': tokens,
+        'normalizer': None,
+        'pre_tokenizer': byte_level,
+        'post_processor': None,
+        'decoder': byte_level,
+        'model': model,
+        **changes,
+    }
 
 
 def test_tokens_that_were_added_to_a_vocab_json(tmp_path):
     pytest.importorskip('tokenizers')
     files = {'vocab': SMALL_VOCAB, 'merges': [('t', 'h')]}
     bare = read_tokenizer(write_folder(tmp_path / 'm', **files))
-    decoder = {'258': {'content': '<|endoftext|>'}, '257': {'content': '</s>', 'special': True}, '260': {'content': '[PAD]'}}
-    for added in ({'added_tokens': {'[PAD]': 260, '</s>': 257}}, {'tokenizer_config': {'added_tokens_decoder': decoder}}):
+    decoder = {
+        '258': {'content': '<|endoftext|>'},
+        '257': {'content': '</s>', 'special': True},
+        '260': {'content': '[PAD]'},
+    }
+    for added in (
+        {'added_tokens': {'[PAD]': 260, '</s>': 257}},
+        {'tokenizer_config': {'added_tokens_decoder': decoder}},
+    ):
         spec = read_tokenizer(write_folder(tmp_path / 'm', **files, **added))
         assert load_tokenizer(spec).encode('a[PAD]</s>', special=True).tolist() == [SMALL_VOCAB['a'], 260, 257]
         assert same_ids(bare, spec) and not same_ids(spec, bare)
@@ -319,16 +453,26 @@ def test_tokens_that_were_added_to_a_vocab_json(tmp_path):
     assert json.loads(both['json']) == small()
 
 
-@pytest.mark.parametrize('files, end', [
-    ({}, 258),  # <|endoftext|>, which the vocabulary has
-    ({'tokenizer_config': {'eos_token': '</s>'}}, 257),
-    ({'tokenizer_config': {'eos_token': {'content': '<|end|>', 'special': True}}, 'config': {'eos_token_id': 257}}, 259),
-    ({'special_tokens_map': {'eos_token': {'content': '</s>'}}}, 257),
-    ({'tokenizer_config': {'eos_token': None}, 'special_tokens_map': {'eos_token': '</s>'}}, 257),
-    ({'generation_config': {'eos_token_id': [50256, 257]}}, 257),
-    ({'config': {'eos_token_id': 257}}, 257),
-    ({'config': {'eos_token_id': 84}}, 258),  # a word's id, as GPT-2's 50256 is that of a word elsewhere
-    ({'config': {'eos_token_id': -1}, 'generation_config': {'eos_token_id': 'x'}}, 258)])
+@pytest.mark.parametrize(
+    'files, end',
+    [
+        ({}, 258),  # <|endoftext|>, which the vocabulary has
+        ({'tokenizer_config': {'eos_token': '</s>'}}, 257),
+        (
+            {
+                'tokenizer_config': {'eos_token': {'content': '<|end|>', 'special': True}},
+                'config': {'eos_token_id': 257},
+            },
+            259,
+        ),
+        ({'special_tokens_map': {'eos_token': {'content': '</s>'}}}, 257),
+        ({'tokenizer_config': {'eos_token': None}, 'special_tokens_map': {'eos_token': '</s>'}}, 257),
+        ({'generation_config': {'eos_token_id': [50256, 257]}}, 257),
+        ({'config': {'eos_token_id': 257}}, 257),
+        ({'config': {'eos_token_id': 84}}, 258),  # a word's id, as GPT-2's 50256 is that of a word elsewhere
+        ({'config': {'eos_token_id': -1}, 'generation_config': {'eos_token_id': 'x'}}, 258),
+    ],
+)
 def test_what_ends_a_text_is_what_the_folder_names(tmp_path, files, end):
     pytest.importorskip('tokenizers')
     folder = write_folder(tmp_path / 'm', tokenizer=small(), **files)
@@ -341,7 +485,10 @@ def test_what_ends_a_text_is_what_the_folder_names(tmp_path, files, end):
 def test_nothing_ends_a_text_where_nothing_is_named(tmp_path):
     pytest.importorskip('tokenizers')
     description = small(added=())
-    description['model'] = {**description['model'], 'vocab': {token: id for token, id in SMALL_VOCAB.items() if id < 257}}
+    description['model'] = {
+        **description['model'],
+        'vocab': {token: id for token, id in SMALL_VOCAB.items() if id < 257},
+    }
     spec = read_tokenizer(write_folder(tmp_path / 'm', tokenizer=description, tokenizer_config={'eos_token': '</s>'}))
     assert load_tokenizer(spec).end_of_text is None
     with pytest.raises(ValueError, match="its end of text, '</s>', is not in the vocabulary"):
@@ -351,12 +498,23 @@ def test_nothing_ends_a_text_where_nothing_is_named(tmp_path):
 def test_no_text_is_cut_off_or_filled_up(tmp_path):
     """A tokenizer.json may ask for the length that its model reads."""
     pytest.importorskip('tokenizers')
-    asking = small(truncation={'max_length': 5, 'strategy': 'LongestFirst', 'stride': 0, 'direction': 'Right'},
-                   padding={'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
-                            'pad_token': '!'})
+    asking = small(
+        truncation={'max_length': 5, 'strategy': 'LongestFirst', 'stride': 0, 'direction': 'Right'},
+        padding={
+            'strategy': {'Fixed': 8},
+            'direction': 'Right',
+            'pad_to_multiple_of': None,
+            'pad_id': 0,
+            'pad_type_id': 0,
+            'pad_token': '!',
+        },
+    )
     for text in ('the thing </s> of it', 'th'):
         ids = load_tokenizer(foreign(asking)).encode(text).tolist()
-        assert ids == load_tokenizer(foreign(small())).encode(text).tolist() and load_tokenizer(foreign(asking)).decode(ids) == text
+        assert (
+            ids == load_tokenizer(foreign(small())).encode(text).tolist()
+            and load_tokenizer(foreign(asking)).decode(ids) == text
+        )
 
 
 def test_special_tokens_spelled_in_text_are_text(tmp_path):
@@ -371,8 +529,11 @@ def test_special_tokens_that_are_words_of_the_vocabulary_too(kind):
     """Whose spelling the library would take for them even as text."""
     tokenizers = pytest.importorskip('tokenizers')
     words = ['<unk>', '</s>', '<', '/', 's', '>', 'a', '/s>']
-    model = (tokenizers.models.WordLevel({word: id for id, word in enumerate(words)}, '<unk>') if kind == 'WordLevel'
-             else tokenizers.models.Unigram([(word, -float(len(word) == 1)) for word in words], 0))
+    model = (
+        tokenizers.models.WordLevel({word: id for id, word in enumerate(words)}, '<unk>')
+        if kind == 'WordLevel'
+        else tokenizers.models.Unigram([(word, -float(len(word) == 1)) for word in words], 0)
+    )
     library = tokenizers.Tokenizer(model)
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens(['<unk>', '</s>'])
@@ -385,17 +546,34 @@ def test_special_tokens_that_are_words_of_the_vocabulary_too(kind):
     assert tokenizer.encode('? a').tolist() == [0, 6] and tokenizer.encode('a</s>', special=True).tolist() == [6, 1]
 
 
-@pytest.mark.parametrize('files, words', [
-    ({'tokenizer': []}, 'not a tokenizer.json'),
-    ({'tokenizer': {'model': None}}, 'not a tokenizer.json'),
-    ({'tokenizer': small(model={'type': 'BPE', 'vocab': {'a': 0, 'b': 4 * 10**9}, 'merges': []})}, 'its ids go up to 4000000000'),
-    ({'tokenizer': small(), 'tokenizer_config': ['</s>']}, 'tokenizer_config.json: it holds no JSON object'),
-    ({'vocab': SMALL_VOCAB, 'merges': [('x', 'yz')]}, 'cannot read'),
-    ({'vocab': ['a'], 'merges': []}, 'cannot read'),
-    ({'vocab': SMALL_VOCAB, 'merges': [], 'tokenizer_config': {'tokenizer_class': 'CLIPTokenizer'}}, 'those of a CLIPTokenizer'),
-    ({'vocab': SMALL_VOCAB, 'merges': [], 'added_tokens': {'[PAD]': 300}}, "'.PAD.' cannot have the id 300"),
-    ({'vocab': SMALL_VOCAB, 'merges': [], 'added_tokens': {'[PAD]': 'x'}}, 'does not map tokens to ids'),
-    ({'vocab': SMALL_VOCAB, 'merges': [], 'tokenizer_config': {'added_tokens_decoder': {'x': {'content': '[PAD]'}}}}, 'cannot read')])
+@pytest.mark.parametrize(
+    'files, words',
+    [
+        ({'tokenizer': []}, 'not a tokenizer.json'),
+        ({'tokenizer': {'model': None}}, 'not a tokenizer.json'),
+        (
+            {'tokenizer': small(model={'type': 'BPE', 'vocab': {'a': 0, 'b': 4 * 10**9}, 'merges': []})},
+            'its ids go up to 4000000000',
+        ),
+        ({'tokenizer': small(), 'tokenizer_config': ['</s>']}, 'tokenizer_config.json: it holds no JSON object'),
+        ({'vocab': SMALL_VOCAB, 'merges': [('x', 'yz')]}, 'cannot read'),
+        ({'vocab': ['a'], 'merges': []}, 'cannot read'),
+        (
+            {'vocab': SMALL_VOCAB, 'merges': [], 'tokenizer_config': {'tokenizer_class': 'CLIPTokenizer'}},
+            'those of a CLIPTokenizer',
+        ),
+        ({'vocab': SMALL_VOCAB, 'merges': [], 'added_tokens': {'[PAD]': 300}}, "'.PAD.' cannot have the id 300"),
+        ({'vocab': SMALL_VOCAB, 'merges': [], 'added_tokens': {'[PAD]': 'x'}}, 'does not map tokens to ids'),
+        (
+            {
+                'vocab': SMALL_VOCAB,
+                'merges': [],
+                'tokenizer_config': {'added_tokens_decoder': {'x': {'content': '[PAD]'}}},
+            },
+            'cannot read',
+        ),
+    ],
+)
 def test_unsound_files_of_a_tokenizer(tmp_path, files, words):
     pytest.importorskip('tokenizers')
     with pytest.raises(UserError, match=words) as error:
@@ -406,6 +584,7 @@ def test_unsound_files_of_a_tokenizer(tmp_path, files, words):
 def test_a_folder_without_a_tokenizer(tmp_path):
     """Even of a model of GPT-2's size: it is not known to be GPT-2's."""
     from origin import pretrained_tokenizer
+
     assert read_tokenizer(str(tmp_path)) is None
     assert read_tokenizer(write_folder(tmp_path / 'm', vocab=SMALL_VOCAB, config={'vocab_size': 50257})) is None
     assert pretrained_tokenizer(str(tmp_path / 'm')) is None and pretrained_tokenizer('gpt2-xl') == GPT2_SPEC
@@ -420,14 +599,18 @@ def test_without_the_tokenizers_package(tmp_path, monkeypatch):
 
 # --- streams ----------------------------------------------------------------------------------------------------------
 
+
 def unicode_text(rng, n=40):
     """Text of every length of UTF-8, with marks that combine and a real U+FFFD."""
-    return ''.join(rng.choice(['a', ' ', 'é', '€', '漢', '😀', '👨‍👩‍👧', '\ufffd', '\n', 'the ', 'ß', 'e\u0301']) for _ in range(n))
+    return ''.join(
+        rng.choice(['a', ' ', 'é', '€', '漢', '😀', '👨‍👩‍👧', '\ufffd', '\n', 'the ', 'ß', 'e\u0301']) for _ in range(n)
+    )
 
 
 def make_tokenizers():
     """Each kind of tokenizer; of the library's, one of bytes and one that spaces words by their neighbours."""
     import tokenizers
+
     yield CharTokenizer.train(unicode_text(random.Random(0), 400))
     yield ByteTokenizer()
     bpe = tokenizers.ByteLevelBPETokenizer()

@@ -1,4 +1,5 @@
 """Whole runs of train.py, as a user starts them: what is promised about stopping, resuming, ranks and reports."""
+
 import json
 import os
 import random
@@ -31,8 +32,20 @@ from model import GPT, GPTConfig
 from runtime import named_peak_flops
 
 DROPOUT = '--dropout=0.2'
-MODERN = ['--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--n_kv_head=1', '--zero_init=True', '--tie_weights=False',
-          '--logit_softcap=20', '--optimizer=muon', '--muon_momentum=0.9', '--cooldown_iters=6', '--vocab_multiple=32']
+MODERN = [
+    '--pos=rope',
+    '--norm=rmsnorm',
+    '--mlp=swiglu',
+    '--qk_norm=True',
+    '--n_kv_head=1',
+    '--zero_init=True',
+    '--tie_weights=False',
+    '--logit_softcap=20',
+    '--optimizer=muon',
+    '--muon_momentum=0.9',
+    '--cooldown_iters=6',
+    '--vocab_multiple=32',
+]
 
 
 def weights(folder, name='ckpt.pt'):
@@ -43,8 +56,14 @@ def identical(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize('options', [['--data_order=random'], ['--data_order=shuffle'],
-                                     [*MODERN, '--gradient_accumulation_steps=4', '--batch_ramp_from=1', '--batch_ramp_iters=6']])
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['--data_order=random'],
+        ['--data_order=shuffle'],
+        [*MODERN, '--gradient_accumulation_steps=4', '--batch_ramp_from=1', '--batch_ramp_iters=6'],
+    ],
+)
 def test_resuming_is_bit_exact(workspace, options):
     """2N updates at once, and N + resume + N, with dropout: the same weights, optimizer and reports to the last bit."""
     common = [*TINY, DROPOUT, *options]
@@ -53,8 +72,10 @@ def test_resuming_is_bit_exact(workspace, options):
     output = run_forked_ok('train.py', *common, '--out_dir=parts', '--init_from=resume', cwd=workspace)
     assert 'after 4 updates, with changed settings: max_iters 4 -> 8' in output
     assert identical(weights(workspace / 'whole'), weights(workspace / 'parts'))
-    whole, parts = (torch.load(workspace / name / 'ckpt_optimizer_00000008.pt', weights_only=True)['optimizer']['state']
-                    for name in ('whole', 'parts'))
+    whole, parts = (
+        torch.load(workspace / name / 'ckpt_optimizer_00000008.pt', weights_only=True)['optimizer']['state']
+        for name in ('whole', 'parts')
+    )
     for index, buffers in whole.items():
         assert all(torch.equal(buffer, parts[index][name]) for name, buffer in buffers.items())
     for a, b in zip(metrics(workspace / 'whole'), metrics(workspace / 'parts')):
@@ -80,7 +101,14 @@ def test_two_ranks(workspace):
 
 def test_two_ranks_with_muon(workspace):
     """Each rank makes a share of Muon's directions, of a growing batch: the losses and, but for rounding, the weights of one rank."""
-    common = [*TINY, *MODERN, '--gradient_accumulation_steps=4', '--batch_ramp_from=2', '--batch_ramp_iters=6', '--n_layer=3']
+    common = [
+        *TINY,
+        *MODERN,
+        '--gradient_accumulation_steps=4',
+        '--batch_ramp_from=2',
+        '--batch_ramp_iters=6',
+        '--n_layer=3',
+    ]
     run_forked_ok('train.py', *common, '--out_dir=one', cwd=workspace)
     train_on_ranks(2, *common, '--out_dir=two', cwd=workspace)
     one, two = (metrics(workspace / name)[0] for name in ('one', 'two'))
@@ -94,16 +122,35 @@ def test_two_ranks_with_muon(workspace):
 def test_two_nodes(workspace):
     """Two torchrun agents on the loopback interface are one run."""
     import socket
+
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
-               f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', '--local_addr=127.0.0.1', str(REPO / 'train.py'), *TINY]
-    agents = [subprocess.Popen(command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-              for _ in range(2)]
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--nnodes=2',
+        '--nproc_per_node=1',
+        '--rdzv_backend=c10d',
+        f'--rdzv_endpoint=127.0.0.1:{port}',
+        '--rdzv_id=test',
+        '--local_addr=127.0.0.1',
+        str(REPO / 'train.py'),
+        *TINY,
+    ]
+    agents = [
+        subprocess.Popen(
+            command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [agent.communicate(timeout=120)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert sum('2 x cpu' in output for output in outputs) == 1 and sum('done: 8 updates' in output for output in outputs) == 1
+    assert (
+        sum('2 x cpu' in output for output in outputs) == 1
+        and sum('done: 8 updates' in output for output in outputs) == 1
+    )
     run_forked_ok('train.py', *TINY, '--out_dir=alone', cwd=workspace)
     for a, b in zip(metrics(workspace / 'out')[0], metrics(workspace / 'alone')[0], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], abs=1e-4)
@@ -124,7 +171,9 @@ def test_reports(workspace):
     output = run_forked_ok('train.py', *TINY, '--grad_clip=0.5', cwd=workspace)
     updates, _ = metrics(workspace / 'out')
     for record in updates:
-        assert record['mfu'] is None and record['tokens_per_s'] > 0 and record['left_s'] >= 0 and record['grad_norm'] > 0
+        assert (
+            record['mfu'] is None and record['tokens_per_s'] > 0 and record['left_s'] >= 0 and record['grad_norm'] > 0
+        )
         assert record['clipped'] == float(record['grad_norm'] > 0.5)
     assert any(record['update_ratio'] > 1e-4 for record in updates)
     line = next(line for line in output.splitlines() if line.startswith('iter 3: '))
@@ -135,15 +184,33 @@ def test_reports(workspace):
 
 def test_logged_loss_is_the_mean_over_micro_batches(workspace):
     """The first update's, from the initial weights, against a computation of its own; and of one large batch."""
-    run_forked_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=4', '--batch_size=2', '--out_dir=a', cwd=workspace)
-    run_forked_ok('train.py', *TINY, '--max_iters=1', '--gradient_accumulation_steps=1', '--batch_size=8', '--out_dir=b', cwd=workspace)
+    run_forked_ok(
+        'train.py',
+        *TINY,
+        '--max_iters=1',
+        '--gradient_accumulation_steps=4',
+        '--batch_size=2',
+        '--out_dir=a',
+        cwd=workspace,
+    )
+    run_forked_ok(
+        'train.py',
+        *TINY,
+        '--max_iters=1',
+        '--gradient_accumulation_steps=1',
+        '--batch_size=8',
+        '--out_dir=b',
+        cwd=workspace,
+    )
     (a,), (b,) = (metrics(workspace / name)[0] for name in 'ab')
     assert a['loss'] == pytest.approx(b['loss'], abs=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
 
 
 def test_evaluation_is_repeatable_and_changes_nothing(workspace):
     run_forked_ok('train.py', *TINY, '--out_dir=often', '--eval_interval=1', '--eval_iters=5', DROPOUT, cwd=workspace)
-    run_forked_ok('train.py', *TINY, '--out_dir=seldom', '--eval_interval=100', '--eval_iters=1', DROPOUT, cwd=workspace)
+    run_forked_ok(
+        'train.py', *TINY, '--out_dir=seldom', '--eval_interval=100', '--eval_iters=1', DROPOUT, cwd=workspace
+    )
     assert identical(weights(workspace / 'often'), weights(workspace / 'seldom'))
     before = {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
     arguments = [*TINY, '--out_dir=often', '--eval_iters=5', '--eval_only=True', '--init_from=resume']
@@ -151,14 +218,17 @@ def test_evaluation_is_repeatable_and_changes_nothing(workspace):
     assert first == second
     assert f'val loss {metrics(workspace / "often")[1][-1]["val/loss"]:.4f}' in first
     assert before == {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
-    assert 'step 0: train loss' in run_forked_ok('train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', cwd=workspace)
+    assert 'step 0: train loss' in run_forked_ok(
+        'train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', cwd=workspace
+    )
     assert not (workspace / 'nowhere').exists()
 
 
 def test_best_and_latest(workspace):
     """A learning rate that ruins the model after a good start: ckpt_best.pt keeps the good one."""
-    (workspace / 'ruin.py').write_text('decay_lr = False\nlearning_rate = 0.5\neval_interval = 1\nmax_iters = 6\n'
-                                       'always_save_checkpoint = False\n')
+    (workspace / 'ruin.py').write_text(
+        'decay_lr = False\nlearning_rate = 0.5\neval_interval = 1\nmax_iters = 6\nalways_save_checkpoint = False\n'
+    )
     run_forked_ok('train.py', *TINY, 'ruin.py', cwd=workspace)
     _, evaluations = metrics(workspace / 'out')
     best = min(evaluations, key=lambda r: r['val/loss'])
@@ -170,7 +240,14 @@ def test_best_and_latest(workspace):
 
 def test_target(workspace):
     """A run ends at the first evaluation that reaches the target; eval_iters=0 is the whole split, as evaluate.py has it."""
-    arguments = [*TINY, '--max_iters=100', '--lr_decay_iters=100', '--eval_interval=5', '--eval_iters=0', '--vocab_multiple=64']
+    arguments = [
+        *TINY,
+        '--max_iters=100',
+        '--lr_decay_iters=100',
+        '--eval_interval=5',
+        '--eval_iters=0',
+        '--vocab_multiple=64',
+    ]
     output = run_forked_ok('train.py', *arguments, '--target_val_loss=3.1', cwd=workspace)
     evaluations = metrics(workspace / 'out')[1]
     assert evaluations[-1]['val/loss'] <= 3.1 < evaluations[-2]['val/loss'] and 'done: ' in output
@@ -178,9 +255,18 @@ def test_target(workspace):
     assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['model_args']['vocab_size'] == 64
     output = run_forked_ok('evaluate.py', '--out_dir=out', '--device=cpu', cwd=workspace)
     assert float(re.search(r'loss ([\d.]+)', output).group(1)) == pytest.approx(evaluations[-1]['val/loss'], abs=2e-4)
-    output = run_forked_ok('sample.py', '--out_dir=out', '--device=cpu', '--num_samples=3', '--temperature=50', '--json=True',
-                           cwd=workspace)
-    assert all(max(json.loads(line)['token_ids']) < len(CHARS) for line in output.splitlines()), 'an id that only fills up was drawn'
+    output = run_forked_ok(
+        'sample.py',
+        '--out_dir=out',
+        '--device=cpu',
+        '--num_samples=3',
+        '--temperature=50',
+        '--json=True',
+        cwd=workspace,
+    )
+    assert all(max(json.loads(line)['token_ids']) < len(CHARS) for line in output.splitlines()), (
+        'an id that only fills up was drawn'
+    )
 
 
 def test_early_stopping(workspace):
@@ -192,8 +278,14 @@ def test_early_stopping(workspace):
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_tell_how_to_go_on(workspace, signum):
     common = [*TINY, DROPOUT, '--max_iters=100000', '--eval_interval=100000', '--decay_lr=False']
-    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *common], cwd=workspace, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / 'train.py'), *common],
+        cwd=workspace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith('iter 20:'):
             process.send_signal(signum)
@@ -211,9 +303,20 @@ def test_signals_save_and_tell_how_to_go_on(workspace, signum):
 
 
 def test_torchrun_passes_signals_on(workspace):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(REPO / 'train.py'), *TINY,
-               '--max_iters=100000', '--eval_interval=100000']
-    process = subprocess.Popen(command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        str(REPO / 'train.py'),
+        *TINY,
+        '--max_iters=100000',
+        '--eval_interval=100000',
+    ]
+    process = subprocess.Popen(
+        command, cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in process.stdout:
         if line.startswith('iter 20:'):
             process.terminate()
@@ -230,8 +333,14 @@ def test_killed_at_random_moments(workspace):
     common = [*TINY, '--max_iters=1000000', '--eval_interval=1', '--eval_iters=1', '--decay_lr=False']
     iter_num, killed = 0, int(os.environ.get('SAMGPT_TEST_KILLS', 5))
     for n in range(killed):
-        process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *common, f'--init_from={"resume" if n else "scratch"}'],
-                                   cwd=workspace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(REPO / 'train.py'), *common, f'--init_from={"resume" if n else "scratch"}'],
+            cwd=workspace,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -245,7 +354,9 @@ def test_killed_at_random_moments(workspace):
         load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))
         iter_num = checkpoint['iter_num']
     run_forked_ok('train.py', *common, '--init_from=resume', f'--max_iters={iter_num + 3}', cwd=workspace)
-    run_forked_ok('train.py', *common, '--out_dir=whole', f'--max_iters={iter_num + 3}', '--eval_interval=1000', cwd=workspace)
+    run_forked_ok(
+        'train.py', *common, '--out_dir=whole', f'--max_iters={iter_num + 3}', '--eval_interval=1000', cwd=workspace
+    )
     assert identical(weights(workspace / 'out'), weights(workspace / 'whole'))
     assert [r['iter'] for r in metrics(workspace / 'out')[0]] == list(range(iter_num + 3))
 
@@ -253,8 +364,15 @@ def test_killed_at_random_moments(workspace):
 def test_a_run_that_diverges_stops_and_its_checkpoint_is_sound(workspace):
     arguments = [*TINY, '--max_iters=100', '--eval_interval=2', '--decay_lr=False', '--max_skipped_iters=3']
     run_forked_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
-    result = run_forked('train.py', *arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0', '--eval_interval=50',
-                        cwd=workspace)
+    result = run_forked(
+        'train.py',
+        *arguments,
+        '--init_from=resume',
+        '--learning_rate=1e38',
+        '--grad_clip=0',
+        '--eval_interval=50',
+        cwd=workspace,
+    )
     assert result.returncode == 2 and result.stderr.count('\n') == 1
     assert 'not finite in 3 updates in a row' in result.stderr and '--learning_rate' in result.stderr
     checkpoint = load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))
@@ -266,7 +384,9 @@ def test_a_new_run_does_not_overwrite_an_earlier_one(workspace):
     before = weights(workspace / 'out')
     output = run_forked_ok('train.py', *TINY, '--seed=1', cwd=workspace)
     assert 'holds an earlier run, moved to out/previous-1' in output
-    assert identical(before, weights(workspace / 'out' / 'previous-1')) and not identical(before, weights(workspace / 'out'))
+    assert identical(before, weights(workspace / 'out' / 'previous-1')) and not identical(
+        before, weights(workspace / 'out')
+    )
     assert len(metrics(workspace / 'out')[1]) == len(metrics(workspace / 'out' / 'previous-1')[1]) == 3
 
 
@@ -276,7 +396,9 @@ def test_compilation_and_its_absence(workspace, compiler):
     """Without a C++ compiler there is one line of warning, and the run is the eager one to the last bit."""
     without = {'CXX': '/nowhere/c++', 'PATH': '/nowhere', 'TORCHINDUCTOR_CACHE_DIR': str(workspace / 'cache')}
     arguments = [*TINY, '--n_layer=1', '--max_iters=3']
-    result = run_forked('train.py', *arguments, '--compile=True', cwd=workspace, **(without if compiler != 'works' else {}))
+    result = run_forked(
+        'train.py', *arguments, '--compile=True', cwd=workspace, **(without if compiler != 'works' else {})
+    )
     assert result.returncode == 0, result.stderr
     run_forked_ok('train.py', *arguments, '--out_dir=eager', cwd=workspace)
     compiled, eager = metrics(workspace / 'out')[0], metrics(workspace / 'eager')[0]
@@ -305,27 +427,42 @@ def test_a_nanogpt_user_brings_everything(workspace):
     """A config file, bins without description beside a meta.pkl, and a ckpt.pt with the optimizer inside; the result
     opens as nanoGPT opens it."""
     import pickle
+
     data = workspace / 'data' / 'theirs'
     write_data(data)
     (data / 'meta.json').unlink()
     itos = dict(enumerate(CHARS))
-    (data / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': len(CHARS), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}))
-    (workspace / 'theirs.py').write_text("import time\nout_dir = 'theirs'\ndataset = 'theirs'\nwandb_run_name = 'run-' + str(time.time())\n"
-                                         'n_layer = 2\nn_head = 2\nn_embd = 32\nblock_size = 16\nbatch_size = 4\n'
-                                         'gradient_accumulation_steps = 1\neval_iters = 2\neval_interval = 5\nmax_iters = 10\n'
-                                         "learning_rate = 1\nlearning_rate = 1e-3\nbias = True\ndevice = 'cpu'\ncompile = False\n")
+    (data / 'meta.pkl').write_bytes(
+        pickle.dumps({'vocab_size': len(CHARS), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}})
+    )
+    (workspace / 'theirs.py').write_text(
+        "import time\nout_dir = 'theirs'\ndataset = 'theirs'\nwandb_run_name = 'run-' + str(time.time())\n"
+        'n_layer = 2\nn_head = 2\nn_embd = 32\nblock_size = 16\nbatch_size = 4\n'
+        'gradient_accumulation_steps = 1\neval_iters = 2\neval_interval = 5\nmax_iters = 10\n'
+        "learning_rate = 1\nlearning_rate = 1e-3\nbias = True\ndevice = 'cpu'\ncompile = False\n"
+    )
     model_args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=True, vocab_size=len(CHARS), dropout=0.0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**model_args))
     groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
-    optimizer = torch.optim.AdamW([{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))], lr=1e-3
+    )
     ids = torch.randint(len(CHARS), (2, 16))
     model(ids, ids)[1].backward()
     optimizer.step()
     (workspace / 'theirs').mkdir()
-    torch.save({'model': {'_orig_mod.' + name: weight for name, weight in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
-                'model_args': model_args, 'iter_num': 5, 'best_val_loss': torch.tensor(9.0), 'config': {'dataset': 'theirs'}},
-               workspace / 'theirs' / 'ckpt.pt')
+    torch.save(
+        {
+            'model': {'_orig_mod.' + name: weight for name, weight in model.state_dict().items()},
+            'optimizer': optimizer.state_dict(),
+            'model_args': model_args,
+            'iter_num': 5,
+            'best_val_loss': torch.tensor(9.0),
+            'config': {'dataset': 'theirs'},
+        },
+        workspace / 'theirs' / 'ckpt.pt',
+    )
     assert 'val loss' in run_forked_ok('train.py', 'theirs.py', '--init_from=resume', '--eval_only=True', cwd=workspace)
     sample = ['--out_dir=theirs', '--num_samples=1', '--max_new_tokens=8', '--start=abc', '--device=cpu']
     text = run_forked_ok('sample.py', *sample, cwd=workspace)
@@ -336,17 +473,41 @@ def test_a_nanogpt_user_brings_everything(workspace):
     theirs.load_state_dict(raw['model'])
     assert theirs(ids).isfinite().all() and raw['iter_num'] == 10
     # without naming the shape again, as nanoGPT allows
-    output = run_forked_ok('train.py', '--init_from=resume', '--out_dir=theirs', '--dataset=theirs', '--device=cpu', '--compile=False',
-                    '--eval_only=True', '--eval_iters=2', cwd=workspace)
+    output = run_forked_ok(
+        'train.py',
+        '--init_from=resume',
+        '--out_dir=theirs',
+        '--dataset=theirs',
+        '--device=cpu',
+        '--compile=False',
+        '--eval_only=True',
+        '--eval_iters=2',
+        cwd=workspace,
+    )
     assert 'step 10: ' in output
 
 
 def test_finetuning_a_pretrained_gpt2(workspace):
     from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=len(CHARS), bos_token_id=0,
-                               eos_token_id=0)).save_pretrained(workspace / 'hf')
-    arguments = ['--init_from=hf', '--dataset=tiny', '--out_dir=out', '--device=cpu', '--compile=False', '--batch_size=2',
-                 '--gradient_accumulation_steps=1', '--block_size=16', '--eval_iters=2', '--warmup_iters=0', '--decay_lr=False']
+
+    GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=len(CHARS), bos_token_id=0, eos_token_id=0
+        )
+    ).save_pretrained(workspace / 'hf')
+    arguments = [
+        '--init_from=hf',
+        '--dataset=tiny',
+        '--out_dir=out',
+        '--device=cpu',
+        '--compile=False',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=1',
+        '--block_size=16',
+        '--eval_iters=2',
+        '--warmup_iters=0',
+        '--decay_lr=False',
+    ]
     assert 'step 0: train loss' in run_forked_ok('train.py', *arguments, '--eval_only=True', cwd=workspace)
     run_forked_ok('train.py', *arguments, '--max_iters=3', cwd=workspace)
     raw = torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)
@@ -366,7 +527,8 @@ def test_wandb_continues_the_same_run(workspace):
         '    def finish(self): note("finished")\n'
         'def note(x): open("wandb.txt", "a").write(json.dumps(x) + "\\n")\n'
         'def init(id=None, resume=None, project=None, name=None, config=None):\n'
-        '    run = Run(); run.id = id or uuid.uuid4().hex; note([run.id, resume, project, name, config["batch_size"]]); return run\n')
+        '    run = Run(); run.id = id or uuid.uuid4().hex; note([run.id, resume, project, name, config["batch_size"]]); return run\n'
+    )
     arguments = [*TINY, '--wandb_log=True', '--wandb_project=p', '--wandb_run_name=r']
     run_ok('train.py', *arguments, '--max_iters=4', cwd=workspace, PYTHONPATH=str(workspace))
     run_ok('train.py', *arguments, '--init_from=resume', cwd=workspace, PYTHONPATH=str(workspace))
@@ -375,14 +537,25 @@ def test_wandb_continues_the_same_run(workspace):
     assert starts[0][1:] == [None, 'p', 'r', 4] and starts[1][:2] == [starts[0][0], 'allow'] and notes[-1] == 'finished'
     sent = [note for note in notes if isinstance(note, dict)]
     assert [r['iter'] for r in sent if 'loss' in r] == list(range(8))
-    assert [r['loss'] for r in sent if 'loss' in r] == pytest.approx([r['loss'] for r in metrics(workspace / 'out')[0]], rel=1e-6)
+    assert [r['loss'] for r in sent if 'loss' in r] == pytest.approx(
+        [r['loss'] for r in metrics(workspace / 'out')[0]], rel=1e-6
+    )
 
 
 def test_ruined_weights_are_never_saved(workspace):
     """Told to stop right after an update with a finite gradient that ruined the weights, the run ends without a save."""
     run_forked_ok('train.py', *TINY, '--max_iters=2', cwd=workspace)
-    result = run_forked('train.py', *TINY, '--init_from=resume', '--max_iters=3', '--eval_interval=3', '--learning_rate=1e39',
-                        '--decay_lr=False', '--grad_clip=0', cwd=workspace)
+    result = run_forked(
+        'train.py',
+        *TINY,
+        '--init_from=resume',
+        '--max_iters=3',
+        '--eval_interval=3',
+        '--learning_rate=1e39',
+        '--decay_lr=False',
+        '--grad_clip=0',
+        cwd=workspace,
+    )
     assert result.returncode == 2 and 'not finite' in result.stderr or 'validation loss is' in result.stderr
     assert load_checkpoint(str(workspace / 'out' / 'ckpt.pt'))['iter_num'] == 2
 
@@ -399,7 +572,9 @@ def test_a_final_evaluation_that_was_missed_is_made_up(workspace):
     after = metrics(workspace / 'out')
     *kept, made_up = [r.pop('seconds') for r in after[1]]
     *earlier, missed = [r.pop('seconds') for r in before[1]]
-    assert kept == earlier and made_up >= missed  # the clock goes on from the checkpoint's time, with what resuming took
+    assert (
+        kept == earlier and made_up >= missed
+    )  # the clock goes on from the checkpoint's time, with what resuming took
     assert 'step 7: ' in output and after == before
     assert 'nothing to do' in run_forked_ok('train.py', *TINY, '--max_iters=7', '--init_from=resume', cwd=workspace)
     run_forked_ok('train.py', *TINY, '--max_iters=9', '--init_from=resume', cwd=workspace)
@@ -408,21 +583,39 @@ def test_a_final_evaluation_that_was_missed_is_made_up(workspace):
 
 def test_interrupted_evaluation_prints_no_result(workspace):
     arguments = [*TINY, '--eval_only=True', '--eval_iters=100000', '--batch_size=1', '--block_size=1']
-    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *arguments], cwd=workspace, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / 'train.py'), *arguments],
+        cwd=workspace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert 'parameters' in process.stdout.readline()
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and 'val loss' not in output
 
 
-@pytest.mark.parametrize('name, dtype, expected', [
-    ('NVIDIA H100 80GB HBM3', torch.bfloat16, 989e12), ('NVIDIA H100 PCIe', torch.bfloat16, 756e12), ('NVIDIA H200', torch.float32, 494e12),
-    ('NVIDIA A100-SXM4-80GB', torch.float16, 312e12), ('NVIDIA A10G', torch.bfloat16, 70e12), ('Tesla T4', torch.float16, 65e12),
-    ('Tesla T4', torch.bfloat16, None), ('NVIDIA RTX A1000', torch.bfloat16, None), ('NVIDIA GeForce RTX 4090', torch.bfloat16, 165e12),
-    ('NVIDIA GeForce RTX 4090 Laptop GPU', torch.bfloat16, None), ('NVIDIA GeForce RTX 3090 Ti', torch.bfloat16, None),
-    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', torch.bfloat16, None), ('NVIDIA T400', torch.float16, None), ('Unknown', torch.float32, None),
-])
+@pytest.mark.parametrize(
+    'name, dtype, expected',
+    [
+        ('NVIDIA H100 80GB HBM3', torch.bfloat16, 989e12),
+        ('NVIDIA H100 PCIe', torch.bfloat16, 756e12),
+        ('NVIDIA H200', torch.float32, 494e12),
+        ('NVIDIA A100-SXM4-80GB', torch.float16, 312e12),
+        ('NVIDIA A10G', torch.bfloat16, 70e12),
+        ('Tesla T4', torch.float16, 65e12),
+        ('Tesla T4', torch.bfloat16, None),
+        ('NVIDIA RTX A1000', torch.bfloat16, None),
+        ('NVIDIA GeForce RTX 4090', torch.bfloat16, 165e12),
+        ('NVIDIA GeForce RTX 4090 Laptop GPU', torch.bfloat16, None),
+        ('NVIDIA GeForce RTX 3090 Ti', torch.bfloat16, None),
+        ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', torch.bfloat16, None),
+        ('NVIDIA T400', torch.float16, None),
+        ('Unknown', torch.float32, None),
+    ],
+)
 def test_peak_flops_by_name(name, dtype, expected):
     assert named_peak_flops(name, dtype) == expected
 
@@ -432,8 +625,14 @@ def test_a_signal_during_divergence_saves_nothing_bad(workspace):
     arguments = [*TINY, '--max_iters=1000', '--eval_interval=500', '--decay_lr=False', '--max_skipped_iters=300']
     run_forked_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
     ruin = [*arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0']
-    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *ruin], cwd=workspace, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / 'train.py'), *ruin],
+        cwd=workspace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith('iter 20:'):
             process.terminate()
@@ -445,10 +644,15 @@ def test_a_signal_during_divergence_saves_nothing_bad(workspace):
 
 # --- people hack the code -----------------------------------------------------------------------------------------------
 
-NEW_FIELD = [('model.py', '    zero_init: bool = False',
-              '    mlp_scale: float = 1.0  # what the MLP adds is multiplied by this\n    zero_init: bool = False'),
-             ('model.py', 'self.mlp = MLP(config)', 'self.mlp, self.mlp_scale = MLP(config), config.mlp_scale'),
-             ('model.py', 'return x + self.mlp(self.ln_2(x))', 'return x + self.mlp_scale * self.mlp(self.ln_2(x))')]
+NEW_FIELD = [
+    (
+        'model.py',
+        '    zero_init: bool = False',
+        '    mlp_scale: float = 1.0  # what the MLP adds is multiplied by this\n    zero_init: bool = False',
+    ),
+    ('model.py', 'self.mlp = MLP(config)', 'self.mlp, self.mlp_scale = MLP(config), config.mlp_scale'),
+    ('model.py', 'return x + self.mlp(self.ln_2(x))', 'return x + self.mlp_scale * self.mlp(self.ln_2(x))'),
+]
 
 
 def test_a_new_field_of_the_model_needs_no_other_file(workspace):
@@ -466,21 +670,40 @@ def test_a_new_field_of_the_model_needs_no_other_file(workspace):
     result = run_forked(copy / 'train.py', *resume, '--mlp_scale=2', '--max_iters=10', cwd=workspace)
     assert result.returncode == 2 and '--mlp_scale=2.0: the run in scaled' in result.stderr
     sample = ['--device=cpu', '--num_samples=1', '--max_new_tokens=30', '--start=abc', '--temperature=0', '--json=True']
-    texts = [run_forked_ok(copy / 'sample.py', *sample, f'--out_dir={name}', cwd=workspace) for name in ('plain', 'same', 'scaled')]
+    texts = [
+        run_forked_ok(copy / 'sample.py', *sample, f'--out_dir={name}', cwd=workspace)
+        for name in ('plain', 'same', 'scaled')
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert 'over 992 tokens' in run_forked_ok(copy / 'evaluate.py', '--device=cpu', '--out_dir=scaled', cwd=workspace)
-    bench = ['--device=cpu', '--compile=False', '--dataset=tiny', '--steps=1', '--warmup_steps=1', '--n_layer=1', '--n_head=2',
-             '--n_embd=32', '--block_size=16', '--batch_size=2']
-    losses = [re.search(r'1/1: loss ([\d.]+)', run_forked_ok(copy / 'bench.py', *bench, f'--mlp_scale={scale}', cwd=workspace))[1]
-              for scale in (1, -50)]
+    bench = [
+        '--device=cpu',
+        '--compile=False',
+        '--dataset=tiny',
+        '--steps=1',
+        '--warmup_steps=1',
+        '--n_layer=1',
+        '--n_head=2',
+        '--n_embd=32',
+        '--block_size=16',
+        '--batch_size=2',
+    ]
+    losses = [
+        re.search(
+            r'1/1: loss ([\d.]+)', run_forked_ok(copy / 'bench.py', *bench, f'--mlp_scale={scale}', cwd=workspace)
+        )[1]
+        for scale in (1, -50)
+    ]
     assert losses[0] != losses[1]
     assert 'what the MLP adds is multiplied by this' in run_forked_ok(copy / 'train.py', '--help', cwd=workspace)
 
 
 def test_an_optimizer_of_torchs_is_one_line(workspace):
     """SGD in the table: trained, saved, resumed to the last bit; and it does not take over AdamW's memory."""
-    sgd = ("OPTIMIZERS = {'sgd': lambda named, config, ranks, dtype: "
-           "torch.optim.SGD(named.values(), config['learning_rate'], momentum=0.9), ")
+    sgd = (
+        "OPTIMIZERS = {'sgd': lambda named, config, ranks, dtype: "
+        "torch.optim.SGD(named.values(), config['learning_rate'], momentum=0.9), "
+    )
     copy = copy_scripts(workspace / 'copy', [('optim.py', 'OPTIMIZERS = {', sgd)])
     common = [*TINY, DROPOUT, '--optimizer=sgd', '--learning_rate=0.1']
     run_forked_ok(copy / 'train.py', *common, '--out_dir=whole', cwd=workspace)
@@ -499,14 +722,22 @@ def test_an_optimizer_of_torchs_is_one_line(workspace):
 
 def test_training_biases_alone(workspace):
     """No matrix is left to watch, and one of two groups is empty."""
-    freeze = ('train.py', 'model.to(device)\n', "for _p in model.parameters():\n    _p.requires_grad = _p.dim() < 2\nmodel.to(device)\n")
+    freeze = (
+        'train.py',
+        'model.to(device)\n',
+        'for _p in model.parameters():\n    _p.requires_grad = _p.dim() < 2\nmodel.to(device)\n',
+    )
     copy = copy_scripts(workspace / 'copy', [freeze])
     for arguments in (['--bias=True', '--max_iters=2'], ['--init_from=resume', '--optimizer=adamw']):
         run_forked_ok(copy / 'train.py', *TINY, *arguments, cwd=workspace)
-    result = run_forked(copy / 'train.py', *TINY, '--bias=False', '--norm=rmsnorm', '--optimizer=muon', '--out_dir=m', cwd=workspace)
+    result = run_forked(
+        copy / 'train.py', *TINY, '--bias=False', '--norm=rmsnorm', '--optimizer=muon', '--out_dir=m', cwd=workspace
+    )
     assert result.returncode == 0, result.stderr
     nothing = ('train.py', 'model.to(device)\n', 'model.requires_grad_(False)\nmodel.to(device)\n')
-    result = run_forked(copy_scripts(workspace / 'nothing', [nothing]) / 'train.py', *TINY, '--out_dir=n', cwd=workspace)
+    result = run_forked(
+        copy_scripts(workspace / 'nothing', [nothing]) / 'train.py', *TINY, '--out_dir=n', cwd=workspace
+    )
     assert result.returncode == 2 and 'there is nothing to train' in result.stderr
 
 
@@ -519,20 +750,38 @@ def test_a_field_that_is_a_tuple_is_resumed(workspace):
 
 
 def test_frozen_parameters_stay(workspace):
-    freeze = ('train.py', 'model.to(device)\n', "for _name, _p in model.named_parameters():\n    _p.requires_grad = 'h.1.' in _name\n"
-              'model.to(device)\n')
+    freeze = (
+        'train.py',
+        'model.to(device)\n',
+        "for _name, _p in model.named_parameters():\n    _p.requires_grad = 'h.1.' in _name\nmodel.to(device)\n",
+    )
     copy = copy_scripts(workspace / 'copy', [freeze])
     for optimizer in ('adamw', 'muon'):
-        run_forked_ok(copy / 'train.py', *TINY, f'--optimizer={optimizer}', '--max_iters=0', f'--out_dir={optimizer}', cwd=workspace)
+        run_forked_ok(
+            copy / 'train.py',
+            *TINY,
+            f'--optimizer={optimizer}',
+            '--max_iters=0',
+            f'--out_dir={optimizer}',
+            cwd=workspace,
+        )
         before = weights(workspace / optimizer)
         for arguments in (['--max_iters=4'], ['--max_iters=8']):
-            run_forked_ok(copy / 'train.py', *TINY, f'--optimizer={optimizer}', f'--out_dir={optimizer}', '--init_from=resume', *arguments,
-                          cwd=workspace)
+            run_forked_ok(
+                copy / 'train.py',
+                *TINY,
+                f'--optimizer={optimizer}',
+                f'--out_dir={optimizer}',
+                '--init_from=resume',
+                *arguments,
+                cwd=workspace,
+            )
         after = weights(workspace / optimizer)
         assert {name.split('.')[2] for name in after if not torch.equal(before[name], after[name])} == {'1'}
 
 
 # --- people bring things from elsewhere, and go on with other things --------------------------------------------------------
+
 
 def test_another_text_has_another_best_loss(workspace):
     """Also under the name of the old one. What the old text's best was is told, but not compared with."""
@@ -545,15 +794,26 @@ def test_another_text_has_another_best_loss(workspace):
     run_forked_ok('train.py', *common, cwd=workspace)
     learned = load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))['best_val_loss']
     shutil.copytree(workspace / 'out', workspace / 'again')
-    output = run_forked_ok('train.py', *common, '--dataset=other', '--init_from=resume', '--max_iters=60', cwd=workspace)
+    output = run_forked_ok(
+        'train.py', *common, '--dataset=other', '--init_from=resume', '--max_iters=60', cwd=workspace
+    )
     assert 'is not the text that the run in out was trained on' in output
     best = load_checkpoint(str(workspace / 'out' / 'ckpt_best.pt'))
     assert best['config']['dataset'] == 'other' and best['best_val_loss'] > learned and best['iter_num'] >= 40
     shutil.copy(workspace / 'data' / 'other' / 'val.bin', workspace / 'data' / 'tiny' / 'val.bin')  # prepared anew
-    output = run_forked_ok('train.py', *common, '--out_dir=again', '--init_from=resume', '--max_iters=60', cwd=workspace)
+    output = run_forked_ok(
+        'train.py', *common, '--out_dir=again', '--init_from=resume', '--max_iters=60', cwd=workspace
+    )
     assert 'is not the text' in output and load_checkpoint(str(workspace / 'again' / 'ckpt_best.pt'))['iter_num'] >= 40
-    output = run_forked_ok('train.py', *common, '--out_dir=again', '--init_from=resume', '--max_iters=61', '--dataset=data/tiny/',
-                           cwd=workspace)
+    output = run_forked_ok(
+        'train.py',
+        *common,
+        '--out_dir=again',
+        '--init_from=resume',
+        '--max_iters=61',
+        '--dataset=data/tiny/',
+        cwd=workspace,
+    )
     assert 'is not the text' not in output
 
 
@@ -567,8 +827,10 @@ def test_starting_from_a_run(workspace):
     run_forked_ok('train.py', *TINY, '--init_from=a', '--max_iters=4', '--out_dir=d', '--seed=2', cwd=workspace)
     assert not identical(weights(workspace / 'c'), weights(workspace / 'd'))
     assert load_checkpoint(str(workspace / 'c' / 'ckpt.pt'))['model_args']['pos'] == 'rope'
-    text = [run_forked_ok('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=9', *where, cwd=workspace)
-            for where in (['--init_from=c'], ['--out_dir=c'], ['--init_from=c/ckpt.pt'])]
+    text = [
+        run_forked_ok('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=9', *where, cwd=workspace)
+        for where in (['--init_from=c'], ['--out_dir=c'], ['--init_from=c/ckpt.pt'])
+    ]
     assert text[0] == text[1] == text[2]
     result = run_forked('train.py', *TINY, '--init_from=a', '--pos=alibi', cwd=workspace)
     assert result.returncode == 2 and '--pos=alibi: a has pos=rope' in result.stderr
@@ -612,12 +874,25 @@ def test_auto_resumes_where_there_is_a_run(workspace):
 @pytest.mark.slow
 def test_restarted_by_torchrun(workspace):
     """A rank that dies once: torchrun starts all again, and they go on from the last save."""
-    die = ('train.py', '    # forward and backward, over',
-           "    if iter_num == 6 and ranks.rank == 1 and not os.path.exists('died'):\n        open('died', 'w').close()\n"
-           '        os._exit(9)\n\n    # forward and backward, over')
+    die = (
+        'train.py',
+        '    # forward and backward, over',
+        "    if iter_num == 6 and ranks.rank == 1 and not os.path.exists('died'):\n        open('died', 'w').close()\n"
+        '        os._exit(9)\n\n    # forward and backward, over',
+    )
     copy = copy_scripts(workspace / 'copy', [die])
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=2',
-               str(copy / 'train.py'), *TINY, DROPOUT, '--init_from=auto']
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        '--max-restarts=2',
+        str(copy / 'train.py'),
+        *TINY,
+        DROPOUT,
+        '--init_from=auto',
+    ]
     result = subprocess.run(command, cwd=workspace, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and (workspace / 'died').exists(), result.stderr
     assert 'after 4 updates' in result.stdout and 'done: 8 updates' in result.stdout
@@ -630,19 +905,34 @@ def test_targets_and_patience_say_so(workspace):
     (workspace / 'data' / 'one').mkdir()
     for split in ('train', 'val'):
         torch.zeros(1000, dtype=torch.int16).numpy().tofile(workspace / 'data' / 'one' / f'{split}.bin')
-    (workspace / 'data' / 'one' / 'meta.json').write_text(json.dumps({'tokenizer': {'kind': 'char', 'chars': 'a'}, 'dtype': 'uint16'}))
+    (workspace / 'data' / 'one' / 'meta.json').write_text(
+        json.dumps({'tokenizer': {'kind': 'char', 'chars': 'a'}, 'dtype': 'uint16'})
+    )
     output = run_forked_ok('train.py', *TINY, '--dataset=one', cwd=workspace)
     assert 'val loss 0.0000' in output and 'done: 8 updates' in output and 'stopped before' not in output
     output = run_forked_ok('train.py', *TINY, '--target_val_loss=9', '--out_dir=t', cwd=workspace)
-    assert 'stopped before --max_iters=8: the validation loss is down to --target_val_loss=9.0' in output and 'done: 0 updates' in output
-    output = run_forked_ok('train.py', *TINY, '--learning_rate=0', '--min_lr=0', '--eval_interval=1', '--patience=2', '--out_dir=p',
-                           cwd=workspace)
+    assert (
+        'stopped before --max_iters=8: the validation loss is down to --target_val_loss=9.0' in output
+        and 'done: 0 updates' in output
+    )
+    output = run_forked_ok(
+        'train.py',
+        *TINY,
+        '--learning_rate=0',
+        '--min_lr=0',
+        '--eval_interval=1',
+        '--patience=2',
+        '--out_dir=p',
+        cwd=workspace,
+    )
     assert 'stopped before --max_iters=8: no lower validation loss' in output and 'done: 2 updates' in output
 
 
 def test_settings_that_hardly_can_be_meant(workspace):
-    for arguments, words in ((['--learning_rate=1e-4'], '--learning_rate=0.0001 is below --min_lr=0.001'),
-                             (['--warmup_iters=9'], '--warmup_iters=9 is longer than the run of --max_iters=8')):
+    for arguments, words in (
+        (['--learning_rate=1e-4'], '--learning_rate=0.0001 is below --min_lr=0.001'),
+        (['--warmup_iters=9'], '--warmup_iters=9 is longer than the run of --max_iters=8'),
+    ):
         result = run_forked('train.py', *TINY, *arguments, cwd=workspace)
         assert result.returncode == 0 and result.stderr.count('\n') == 1
         assert result.stderr.startswith('warning: ') and words in result.stderr
@@ -652,10 +942,14 @@ def test_settings_that_hardly_can_be_meant(workspace):
 def test_a_data_set_by_any_of_its_names(workspace):
     shutil.copytree(workspace / 'data' / 'tiny', workspace / 'data' / 'text' / 'small')
     common = [*TINY, '--max_iters=2']
-    for n, name in enumerate(('text/small', 'data/text/small', './data/text/small/', str(workspace / 'data' / 'text' / 'small'))):
+    for n, name in enumerate(
+        ('text/small', 'data/text/small', './data/text/small/', str(workspace / 'data' / 'text' / 'small'))
+    ):
         run_forked_ok('train.py', *common, f'--dataset={name}', f'--out_dir={n}', cwd=workspace)
         assert identical(weights(workspace / '0'), weights(workspace / str(n)))
-        assert 'tokens in windows' in run_forked_ok('evaluate.py', '--device=cpu', f'--out_dir={n}', f'--dataset={name}', cwd=workspace)
+        assert 'tokens in windows' in run_forked_ok(
+            'evaluate.py', '--device=cpu', f'--out_dir={n}', f'--dataset={name}', cwd=workspace
+        )
     assert load_checkpoint(str(workspace / '1' / 'ckpt.pt'))['config']['dataset'] == 'text/small'
 
 
@@ -668,19 +962,35 @@ def test_home_is_not_a_folder_called_tilde(workspace):
     copy = copy_scripts(workspace / 'copy')
     run_forked_ok(copy / 'data/text/prepare.py', '--input=~/novel.txt', '--workers=1', cwd=workspace, **home)
     assert (copy / 'data' / 'text' / 'novel' / 'train.bin').exists()
-    text = run_forked_ok('sample.py', '--device=cpu', '--init_from=~/runs/a', '--start=FILE:~/p.txt', '--num_samples=1', cwd=workspace,
-                         **home)
+    text = run_forked_ok(
+        'sample.py',
+        '--device=cpu',
+        '--init_from=~/runs/a',
+        '--start=FILE:~/p.txt',
+        '--num_samples=1',
+        cwd=workspace,
+        **home,
+    )
     assert text.startswith('abc')
 
 
 # --- the terminal goes away ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('signum', [getattr(signal, name) for name in ('SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)])
+
+@pytest.mark.parametrize(
+    'signum', [getattr(signal, name) for name in ('SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
+)
 def test_nobody_reads_and_it_is_told_to_stop(workspace, signum):
     """`train.py | tee log`, and Ctrl-C, which tee gets too; a terminal that is closed; a scheduler's warning: everything is saved."""
     arguments = [*TINY, '--max_iters=100000', '--eval_interval=100000', '--decay_lr=False']
-    process = subprocess.Popen([sys.executable, str(REPO / 'train.py'), *arguments], cwd=workspace, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / 'train.py'), *arguments],
+        cwd=workspace,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith('iter 20:'):
             break
@@ -692,7 +1002,11 @@ def test_nobody_reads_and_it_is_told_to_stop(workspace, signum):
 
 def test_nohup_is_heeded():
     """A SIGHUP that is ignored stays ignored; the other signals are caught."""
-    program = ('import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from runtime import StopSignal; stop = StopSignal(); '
-               'os.kill(os.getpid(), signal.SIGHUP); print(stop.received); os.kill(os.getpid(), signal.SIGUSR1); print(stop.received.name)')
-    result = subprocess.run([sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO)), capture_output=True, text=True)
+    program = (
+        'import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from runtime import StopSignal; stop = StopSignal(); '
+        'os.kill(os.getpid(), signal.SIGHUP); print(stop.received); os.kill(os.getpid(), signal.SIGUSR1); print(stop.received.name)'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', program], env=environment(PYTHONPATH=str(REPO)), capture_output=True, text=True
+    )
     assert result.stdout.split() == ['None', 'SIGUSR1'], result.stderr

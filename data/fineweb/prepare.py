@@ -1,9 +1,10 @@
 """FineWeb-Edu, the 10-billion-token sample: educational web pages (Penedo et al. 2024), 10 billion GPT-2 tokens, 20 GB.
 
-    python data/fineweb/prepare.py                                      # streams it from the Hugging Face hub
-    python data/fineweb/prepare.py --max_tokens=1_000_000_000           # a part of it
-    python data/fineweb/prepare.py --input=FOLDER                       # from files that are here already
+python data/fineweb/prepare.py                                      # streams it from the Hugging Face hub
+python data/fineweb/prepare.py --max_tokens=1_000_000_000           # a part of it
+python data/fineweb/prepare.py --input=FOLDER                       # from files that are here already
 """
+
 import os
 import sys
 
@@ -24,5 +25,9 @@ workers = 0  # processes, 0: one a core
 configure(globals(), paths=('input', 'tokenizer'))
 
 total = 47_000_000_000 if sample == 'sample-10BT' else None  # bytes of text, about
-source = Files(input, val_fraction, own=HERE) if input else Hub('HuggingFaceFW/fineweb-edu', val_fraction, sample, total=total)
+source = (
+    Files(input, val_fraction, own=HERE)
+    if input
+    else Hub('HuggingFaceFW/fineweb-edu', val_fraction, sample, total=total)
+)
 write_dataset(HERE, source, tokenizer, vocab_size, shard_tokens, max_tokens, workers)

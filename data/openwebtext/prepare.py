@@ -1,9 +1,10 @@
 """OpenWebText, 8 million web pages that Reddit users linked to: about 9 billion GPT-2 tokens, 18 GB.
 
-    python data/openwebtext/prepare.py                                  # streams it from the Hugging Face hub
-    python data/openwebtext/prepare.py --max_tokens=1_000_000_000       # a part of it
-    python data/openwebtext/prepare.py --input=FOLDER                   # from files that are here already
+python data/openwebtext/prepare.py                                  # streams it from the Hugging Face hub
+python data/openwebtext/prepare.py --max_tokens=1_000_000_000       # a part of it
+python data/openwebtext/prepare.py --input=FOLDER                   # from files that are here already
 """
+
 import os
 import sys
 

@@ -2,6 +2,7 @@
 
 The files are parsed, never imported. Their text differs a little from one version of Python to the next.
 """
+
 import ast
 import glob
 import hashlib
@@ -40,7 +41,14 @@ def docstrings():
     """The docstrings of modules, classes and functions in the standard library's top two levels, in the order of their paths."""
     paths = glob.glob(os.path.join(STDLIB, '*.py')) + glob.glob(os.path.join(STDLIB, '[a-z]*', '*.py'))
     for path in sorted(paths):
-        if os.path.basename(os.path.dirname(path)) not in ('test', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'pydoc_data'):
+        if os.path.basename(os.path.dirname(path)) not in (
+            'test',
+            'site-packages',
+            'dist-packages',
+            'idlelib',
+            'lib2to3',
+            'pydoc_data',
+        ):
             for node in ast.walk(parse(path)):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     yield ast.get_docstring(node) or ''
@@ -49,5 +57,7 @@ def docstrings():
 documents = [text.strip() + '\n' for text in (*manual(), *docstrings()) if text.isascii() and len(text) > 200]
 if not documents:
     raise UserError(f'there is no Python text in {STDLIB}: this Python has neither its manual nor its sources')
-documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())  # a fixed shuffle: manual and docstrings in both splits
+documents.sort(
+    key=lambda text: hashlib.sha256(text.encode()).digest()
+)  # a fixed shuffle: manual and docstrings in both splits
 write_dataset(HERE, Documents(documents, val_fraction=0.1), 'char')

@@ -1,4 +1,5 @@
 """Tiny Shakespeare in GPT-2 BPE: 301,966 train and 36,059 val tokens."""
+
 import os
 import sys
 

@@ -1,4 +1,5 @@
 """Tiny Shakespeare, one id a character: 1,003,854 train and 111,540 val tokens, a vocabulary of 65."""
+
 import os
 import sys
 

@@ -1,9 +1,10 @@
 """Any text of yours, a file or a folder of files of any size, as a data set of its own.
 
-    python data/text/prepare.py --input=novel.txt --name=novel
-    python data/text/prepare.py --input=articles.jsonl.zst --tokenizer=bpe --vocab_size=8192
-    python train.py config/train_shakespeare_char_cpu.py --dataset=text/novel --out_dir=out-novel
+python data/text/prepare.py --input=novel.txt --name=novel
+python data/text/prepare.py --input=articles.jsonl.zst --tokenizer=bpe --vocab_size=8192
+python train.py config/train_shakespeare_char_cpu.py --dataset=text/novel --out_dir=out-novel
 """
+
 import os
 import shlex
 import sys
@@ -26,7 +27,9 @@ workers = 0  # processes, 0: one a core
 configure(globals(), bare='input', paths=('input', 'tokenizer'))
 
 if not input or not os.path.exists(input):
-    raise UserError(f'--input={input}: there is no such file or folder' if input else 'which text? give --input=FILE_OR_FOLDER')
+    raise UserError(
+        f'--input={input}: there is no such file or folder' if input else 'which text? give --input=FILE_OR_FOLDER'
+    )
 if not name:
     name = os.path.basename(os.path.abspath(input))
     if os.path.isfile(input):
@@ -36,5 +39,7 @@ if not name or os.path.basename(name) != name or name.startswith(('.', '-')) or 
 out_dir = os.path.join(HERE, name)
 if os.path.exists(os.path.join(out_dir, 'meta.json')):
     print(f'replacing the data set text/{name} that is there; another --name keeps both')
-write_dataset(out_dir, Files(input, val_fraction, text_key, own=out_dir), tokenizer, vocab_size, shard_tokens, max_tokens, workers)
+write_dataset(
+    out_dir, Files(input, val_fraction, text_key, own=out_dir), tokenizer, vocab_size, shard_tokens, max_tokens, workers
+)
 print(f'train on it with --dataset={shlex.quote(f"text/{name}")}')
