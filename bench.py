@@ -19,16 +19,8 @@ from contextlib import nullcontext
 
 import torch
 
-from configurator import UserError, configure, require, user_errors
-from dataloader import Tokens, TrainBatches, dataset_name, read_meta
-from generation import Context, Sample, Sampling, generate, window_start
-from kernels import keep_memory, torch_products, use_onednn_products
-from model import GPT, GPTConfig
-from optim import OPTIMIZERS, make_optimizer, step_unless
-from origin import model_vocab_size, to_hugging_face
-from packing import pack
-from runtime import (
-    Ranks,
+from common.cpu import keep_memory, pack, torch_products, use_onednn_products
+from common.device import (
     autocast,
     compile_or_stay_eager,
     decoding_options,
@@ -40,6 +32,15 @@ from runtime import (
     synchronize,
     use_fast_float32,
 )
+from common.distributed import Ranks
+from common.errors import UserError, user_errors
+from configurator import configure, require
+from dataloader import Tokens, TrainBatches, dataset_name, read_meta
+from generation import Context, Sample, Sampling, generate, window_start
+from loading import model_vocab_size
+from model import GPT, GPTConfig
+from optim import OPTIMIZERS, make_optimizer, step_unless
+from pretrained import to_hugging_face
 from tokenizer import spec_from_meta, spec_vocab_size
 
 mode = 'train'  # 'train': a training step; 'decode': generating text
@@ -66,7 +67,10 @@ baseline = ''  # also time, train: 'eager', the plain step; decode: 'transformer
 config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file',))
 
 require(
-    config, lambda v: v in ('train', 'decode'), 'train or decode; whole runs to a loss are timed by speedrun.py', 'mode'
+    config,
+    lambda v: v in ('train', 'decode'),
+    'train or decode; whole runs to a loss are timed by tools/compare.py',
+    'mode',
 )
 require(
     config,

@@ -24,7 +24,7 @@ import zlib
 import numpy as np
 import torch
 
-from configurator import UserError, one_line, user_errors
+from common.errors import UserError, one_line, user_errors
 from tokenizer import spec_from_meta, spec_vocab_size
 
 MAX_IDS_CHECKED = 2**28  # on opening, a larger split is checked in evenly spread pieces; every batch is checked again

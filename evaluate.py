@@ -10,11 +10,13 @@ import os
 
 import torch
 
-from configurator import UserError, configure, require, user_errors
+from common.cpu import pack
+from common.device import autocast, pick_device, pick_dtype, use_fast_float32
+from common.distributed import Ranks
+from common.errors import UserError, user_errors
+from configurator import configure, require
 from dataloader import Tokens, dataset_name, eval_batches, read_meta
-from origin import open_model
-from packing import pack
-from runtime import Ranks, autocast, pick_device, pick_dtype, use_fast_float32
+from loading import open_model
 from tokenizer import load_tokenizer, same_ids, spec_from_meta, spec_vocab_size
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or the folder of a run or of a Hugging Face GPT-2

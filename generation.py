@@ -16,12 +16,84 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError
+from common.errors import UserError
 from dataloader import random_words
-from model import KVCache
 from tokenizer import TextStream
 
 DRAWS = 1024  # uniform numbers that are made at once for each sample
+
+
+class KVCache:
+    """Keys and values of the tokens that a batch has read, so that reading one more costs one position, not all of them.
+
+    The token at position p of a row lies in column p; rows may be of different lengths. Call extend(T) before the model reads
+    T more tokens of every row. A row that is given fewer is filled up at the end: what stands there is overwritten before any
+    later token sees it, once `lengths` has been set back to the true number. static=True keeps every shape and address as it is
+    from one token to the next, which a compiled model wants; attention then passes over the empty columns too.
+    """
+
+    def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
+        shape = (rows, 2 * config.kv_heads, columns, config.n_embd // config.n_head)  # heads of keys, then of values
+        self.layers = [
+            torch.zeros(shape, device=device, dtype=dtype)  # zeros, as even a masked column must hold a number
+            for _ in range(config.n_layer)
+        ]
+        self.lengths = [0] * rows  # tokens in each row
+        self.row_ids = torch.arange(rows, device=device)[:, None]
+        self.column_ids = torch.arange(columns, device=device)
+        self.static = static
+        if static:
+            self.static_positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.static_mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
+            for tensor in (*self.layers, self.static_positions, self.static_mask):
+                torch._dynamo.mark_static_address(
+                    tensor, guard=False
+                )  # so that a CUDA graph writes into it, rather than into a copy
+
+    def extend(self, T):
+        """Reserve the next T columns of every row: sets what the model's next call reads. ValueError if there are too few."""
+        first, end, columns = self.lengths[0], max(self.lengths) + T, len(self.column_ids)
+        if end > columns:
+            raise ValueError(f'{end} tokens do not fit into {columns} columns')
+        if self.static and T == 1:
+            self.end, self.span, self.positions, self.mask = columns, None, self.static_positions, self.static_mask
+            self.positions.copy_(torch.tensor(self.lengths)[:, None])
+            self.mask.copy_(self.column_ids <= self.positions[:, :, None, None])
+        elif end == min(self.lengths) + T:  # all rows alike: a slice, and no mask unless several tokens follow others
+            self.end, self.span = end, (first, T)
+            self.positions = self.column_ids[first:end]
+            self.mask = self.column_ids[:end] <= self.positions[:, None] if first and T > 1 else None  # (T, S)
+        else:
+            self.end, self.span = end, None
+            self.positions = (torch.tensor(self.lengths)[:, None] + torch.arange(T)).to(self.column_ids.device)
+            self.mask = self.column_ids[:end] <= self.positions[:, None, :, None]  # (B, 1, T, S)
+        self.lengths = [length + T for length in self.lengths]
+
+    def update(self, layer, new):
+        """Store the keys and values of the new tokens, (B, 2 nkv, T, hs) -> those of all tokens, (B, nkv, S, hs) each."""
+        stored = self.layers[layer]
+        if self.span is not None:
+            stored.narrow(2, *self.span).copy_(new)
+        else:
+            at = self.row_ids, slice(None), self.positions  # indexes to (B, T, 2 nkv, hs)
+            stored[at] = new.transpose(1, 2).to(
+                stored.dtype
+            )  # on CUDA, what is normalised is float32 even under autocast
+        return stored.narrow(2, 0, self.end).chunk(2, dim=1)
+
+    def put(self, rows, other, other_rows):
+        """Replace the contents of some rows by rows of another cache: rows[i] by other_rows[i]."""
+        width = len(other.column_ids)
+        for mine, its in zip(self.layers, other.layers):
+            mine[rows, :, :width] = its[other_rows]
+        for row, other_row in zip(rows, other_rows):
+            self.lengths[row] = other.lengths[other_row]
+
+    def keep(self, rows):
+        """Forget all rows but these."""
+        self.layers = [stored[rows] for stored in self.layers]
+        self.row_ids = self.row_ids[: len(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
 
 
 def window_start(n_tokens, block_size):

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import attention, sum_in_pieces
+from common import cpu
+from common.chunked import sum_in_pieces
 
 POSITIONS = ('learned', 'rope', 'alibi', 'none')
 NORMS = ('layernorm', 'rmsnorm')
@@ -121,6 +122,35 @@ def alibi_mask(positions, S, mask, n_head, dtype):
     return (slopes[:, None, None] * distance).masked_fill(~seen, -math.inf)
 
 
+def attention(q, k, v, mask=None, dropout=0.0):
+    """softmax(q k^T / sqrt(hs)) v, for q (B, nh, T, hs) and k, v (B, nkv, S, hs), where nkv divides nh -> (B, nh, T, hs).
+
+    mask: (…, T, S), True where a position is seen, or a number to add; every position must see something. None: each sees itself and
+    what came before, the T last of S. dropout: share of the probabilities that is dropped.
+    """
+    T, S = q.size(-2), k.size(-2)
+    grouped = q.size(1) != k.size(1)
+    if mask is None and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if T == 1 or T > cpu.short_context or q.device.type != 'cpu':
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, nh, T, S)
+    if mask is None:
+        mask = torch.full((T, T), -math.inf, dtype=scores.dtype, device=q.device).triu(1)
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+    scores = scores + mask.to(
+        scores.dtype
+    )  # cheaper than masked_fill, which copies first, and has to mask the gradient too
+    return F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before it (Vaswani et al. 2017, eq. 1)."""
 
@@ -198,79 +228,6 @@ class Block(nn.Module):
         y = self.attn(self.ln_1(x), mask, angles, cache, layer, last)
         x = (x[:, -1:] if last else x) + y
         return x + self.mlp(self.ln_2(x))
-
-
-class KVCache:
-    """Keys and values of the tokens that a batch has read, so that reading one more costs one position, not all of them.
-
-    The token at position p of a row lies in column p; rows may be of different lengths. Call extend(T) before the model reads
-    T more tokens of every row. A row that is given fewer is filled up at the end: what stands there is overwritten before any
-    later token sees it, once `lengths` has been set back to the true number. static=True keeps every shape and address as it is
-    from one token to the next, which a compiled model wants; attention then passes over the empty columns too.
-    """
-
-    def __init__(self, config, rows, columns, device=None, dtype=None, static=False):
-        shape = (rows, 2 * config.kv_heads, columns, config.n_embd // config.n_head)  # heads of keys, then of values
-        self.layers = [
-            torch.zeros(shape, device=device, dtype=dtype)  # zeros, as even a masked column must hold a number
-            for _ in range(config.n_layer)
-        ]
-        self.lengths = [0] * rows  # tokens in each row
-        self.row_ids = torch.arange(rows, device=device)[:, None]
-        self.column_ids = torch.arange(columns, device=device)
-        self.static = static
-        if static:
-            self.static_positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
-            self.static_mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
-            for tensor in (*self.layers, self.static_positions, self.static_mask):
-                torch._dynamo.mark_static_address(
-                    tensor, guard=False
-                )  # so that a CUDA graph writes into it, rather than into a copy
-
-    def extend(self, T):
-        """Reserve the next T columns of every row: sets what the model's next call reads. ValueError if there are too few."""
-        first, end, columns = self.lengths[0], max(self.lengths) + T, len(self.column_ids)
-        if end > columns:
-            raise ValueError(f'{end} tokens do not fit into {columns} columns')
-        if self.static and T == 1:
-            self.end, self.span, self.positions, self.mask = columns, None, self.static_positions, self.static_mask
-            self.positions.copy_(torch.tensor(self.lengths)[:, None])
-            self.mask.copy_(self.column_ids <= self.positions[:, :, None, None])
-        elif end == min(self.lengths) + T:  # all rows alike: a slice, and no mask unless several tokens follow others
-            self.end, self.span = end, (first, T)
-            self.positions = self.column_ids[first:end]
-            self.mask = self.column_ids[:end] <= self.positions[:, None] if first and T > 1 else None  # (T, S)
-        else:
-            self.end, self.span = end, None
-            self.positions = (torch.tensor(self.lengths)[:, None] + torch.arange(T)).to(self.column_ids.device)
-            self.mask = self.column_ids[:end] <= self.positions[:, None, :, None]  # (B, 1, T, S)
-        self.lengths = [length + T for length in self.lengths]
-
-    def update(self, layer, new):
-        """Store the keys and values of the new tokens, (B, 2 nkv, T, hs) -> those of all tokens, (B, nkv, S, hs) each."""
-        stored = self.layers[layer]
-        if self.span is not None:
-            stored.narrow(2, *self.span).copy_(new)
-        else:
-            at = self.row_ids, slice(None), self.positions  # indexes to (B, T, 2 nkv, hs)
-            stored[at] = new.transpose(1, 2).to(
-                stored.dtype
-            )  # on CUDA, what is normalised is float32 even under autocast
-        return stored.narrow(2, 0, self.end).chunk(2, dim=1)
-
-    def put(self, rows, other, other_rows):
-        """Replace the contents of some rows by rows of another cache: rows[i] by other_rows[i]."""
-        width = len(other.column_ids)
-        for mine, its in zip(self.layers, other.layers):
-            mine[rows, :, :width] = its[other_rows]
-        for row, other_row in zip(rows, other_rows):
-            self.lengths[row] = other.lengths[other_row]
-
-    def keep(self, rows):
-        """Forget all rows but these."""
-        self.layers = [stored[rows] for stored in self.layers]
-        self.row_ids = self.row_ids[: len(rows)]
-        self.lengths = [self.lengths[row] for row in rows]
 
 
 class GPT(nn.Module):
@@ -379,11 +336,7 @@ class GPT(nn.Module):
         What temperature, top_k and the rest of generation.Sampling mean is said there. torch's global generator gives the seed.
         Put the model into eval() first, or dropout is sampled from too.
         """
-        from generation import (
-            Sample,
-            Sampling,
-            generate,
-        )  # the room that builds on this one; here for whoever calls it as in nanoGPT
+        from generation import Sample, Sampling, generate
 
         samples = [Sample(row, seed=(int(torch.randint(2**62, ())), i)) for i, row in enumerate(idx.tolist())]
         for _ in generate(self, samples, max_new_tokens, Sampling(temperature, top_k or 0, **sampling)):

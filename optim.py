@@ -5,8 +5,8 @@ import math
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
-from runtime import Ranks
+from common.distributed import Ranks
+from common.errors import UserError
 
 ALONE = Ranks()
 # Newton-Schulz coefficients of Jordan et al. 2024: steep at zero, so that small singular values grow fast, and no closer to 1 than needed

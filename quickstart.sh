@@ -69,6 +69,6 @@ echo "== training on data/$dataset, into $out"
 $python train.py config/quickstart.py --dataset="$dataset" --out_dir="$out" --init_from=$init_from ${train_arguments[@]+"${train_arguments[@]}"}
 echo "== samples"
 $python sample.py --out_dir="$out" --ckpt=ckpt_best.pt --num_samples=3 --max_new_tokens=300
-$python plot.py --runs="$out" --output="$out/loss.png" --title="SAMgpt on $(basename "$dataset")"
+$python tools/plot.py --runs="$out" --output="$out/loss.png" --title="SAMgpt on $(basename "$dataset")"
 echo "== done. More text from this model:"
 echo "   $python sample.py --out_dir='$out' --ckpt=ckpt_best.pt --start='Once '"

@@ -12,13 +12,13 @@ import signal
 import sys
 from contextlib import suppress
 
-from configurator import UserError, configure, one_line, require, user_errors, warn
+from common.cpu import keep_memory, pack
+from common.device import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
+from common.errors import UserError, one_line, user_errors, warn
+from configurator import configure, require
 from dataloader import dataset_name, read_meta
 from generation import Context, Sample, Sampling, generate
-from kernels import keep_memory
-from origin import open_model
-from packing import pack
-from runtime import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
+from loading import open_model
 from tokenizer import check_known, load_tokenizer, spec_from_meta, text_vocab_size
 
 init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or the folder of a run or of a Hugging Face GPT-2

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from configurator import UserError, one_line, user_errors
+from common.errors import UserError, one_line, user_errors
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_SPEC = {'kind': 'gpt2'}

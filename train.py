@@ -14,23 +14,13 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import configurator
-from checkpoint import has_run, load_optimizer_buffers, model_entry, prepare_out_dir, save_checkpoint, set_aside
-from configurator import UserError, configure, require, user_errors
-from dataloader import Tokens, TrainBatches, dataset_name, eval_batches, read_meta, text_checksum
-from kernels import keep_memory, use_onednn_products
-from metrics import NoLog, RunLog, start_wandb
-from model import GPTConfig
-from optim import OPTIMIZERS, learning_rate_at, load_optimizer_state, make_optimizer, step_unless, update_ratio
-from origin import SHAPE, initial_model
-from runtime import (
-    StopSignal,
+from common import errors
+from common.checkpoint import has_run, load_optimizer_buffers, prepare_out_dir, save_checkpoint, set_aside
+from common.cpu import keep_memory, use_onednn_products
+from common.device import (
     Stopwatch,
     autocast,
     compile_or_stay_eager,
-    end,
-    find_ranks,
-    join_ranks,
     peak_flops,
     pick_device,
     pick_dtype,
@@ -38,6 +28,14 @@ from runtime import (
     synchronize,
     use_fast_float32,
 )
+from common.distributed import StopSignal, end, find_ranks, join_ranks
+from common.errors import UserError, user_errors
+from common.tracking import NoLog, RunLog, start_wandb
+from configurator import configure, require
+from dataloader import Tokens, TrainBatches, dataset_name, eval_batches, read_meta, text_checksum
+from loading import SHAPE, initial_model, model_entry
+from model import GPTConfig
+from optim import OPTIMIZERS, learning_rate_at, load_optimizer_state, make_optimizer, step_unless, update_ratio
 from tokenizer import spec_end_of_text, spec_from_meta, spec_vocab_size
 
 # --- settings: the defaults train GPT-2 124M on OpenWebText on 8 GPUs -----------------------------------------------------
@@ -166,13 +164,13 @@ use_onednn_products(device)
 def say(*words):
     """Print, on one rank only."""
     if ranks.is_main:
-        configurator.say(*words)
+        errors.say(*words)
 
 
 def warn(text):
     """Print a line of warning, on one rank only."""
     if ranks.is_main:
-        configurator.warn(text)
+        errors.warn(text)
 
 
 if decay_lr and not eval_only and 0 < learning_rate < min_lr:

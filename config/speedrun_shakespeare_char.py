@@ -1,6 +1,6 @@
 # For one GPU: the validation loss of config/train_shakespeare_char.py, 1.47, by the parts that made the CPU's speedrun fast. Written
 # for a shape of the same size, 10.6M parameters; its settings are carried over from the CPU and have yet to be tuned on a GPU:
-#   python speedrun.py --baseline=config/train_shakespeare_char.py --contender=config/speedrun_shakespeare_char.py --target=1.47
+#   python tools/compare.py --baseline=config/train_shakespeare_char.py --contender=config/speedrun_shakespeare_char.py --target=1.47
 out_dir = 'out-speedrun-char'
 eval_interval = 50
 eval_iters = 0  # the whole validation split

@@ -11,7 +11,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, require, user_errors
+from common.errors import UserError, user_errors
+from configurator import configure, require
 from dataloader import CHECKED_AT_ONCE, Tokens, random_words, read_meta
 from tokenizer import load_tokenizer, spec_from_meta
 

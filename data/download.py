@@ -4,8 +4,8 @@ import hashlib
 import os
 import time
 
-from configurator import UserError, one_line
-from files import written_whole
+from common.errors import UserError, one_line
+from common.files import written_whole
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

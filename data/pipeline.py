@@ -23,10 +23,10 @@ from contextlib import contextmanager, suppress
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, user_errors
+from common.errors import UserError, user_errors
+from common.files import LOCK, lock_folder, unlock_folder, written_whole
 from data.sources import pieces_of
 from data.worker import Job, Workers, split_of
-from files import LOCK, lock_folder, unlock_folder, written_whole
 from tokenizer import CharTokenizer, load_tokenizer, read_tokenizer, spec_end_of_text, train_bpe
 
 SPLITS = ('train', 'val')

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import NamedTuple
 
-from configurator import UserError, leave_at_once, one_line, user_errors
+from common.errors import UserError, leave_at_once, one_line, user_errors
 from tokenizer import replace_surrogates
 
 UNIT = 2**20  # characters or bytes in a unit, about

@@ -19,7 +19,7 @@ if __name__ == '__main__':
 
 import numpy as np
 
-from configurator import UserError, user_errors
+from common.errors import UserError, user_errors
 from data.sources import pieces_of
 from tokenizer import load_tokenizer
 

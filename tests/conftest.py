@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / 'shared'  # texts and vocabularies that some machines have
 sys.path.insert(0, str(REPO))
 torch.set_num_threads(1)
-for _module in ('generation', 'metrics', 'optim', 'origin', 'packing', 'runtime'):
+for _module in ('common.cpu', 'common.distributed', 'common.tracking', 'generation', 'loading', 'optim'):
     importlib.import_module(_module)  # once, for all forks
 
 # A model and a run that take a second or two
@@ -92,7 +92,7 @@ class Forked:
             script = REPO / script
             if REPO not in script.parents:
                 for name, module in list(sys.modules.items()):
-                    if Path(getattr(module, '__file__', None) or '/').parent in (REPO, REPO / 'data'):
+                    if Path(getattr(module, '__file__', None) or '/').parent in (REPO, REPO / 'common', REPO / 'data'):
                         del sys.modules[name]
                 sys.path[:] = [str(script.parent), *(path for path in sys.path if path != str(REPO))]
             sys.argv = [str(script), *map(str, arguments)]
@@ -108,8 +108,8 @@ class Forked:
                     status = end.code
             sys.stdout.flush()
             sys.stderr.flush()
-            if 'files' in sys.modules:
-                sys.modules['files'].remove_locks()  # as at the end of an interpreter
+            if 'common.files' in sys.modules:
+                sys.modules['common.files'].remove_locks()  # as at the end of an interpreter
         finally:
             os._exit(status)
 
@@ -192,7 +192,10 @@ def train_on_ranks(world_size, *arguments, cwd, script='train.py'):
 
 def copy_scripts(target, edits=()):
     """The repository's scripts, copied to a folder. edits: (file name, old, new) to be replaced in them, each once -> the folder."""
-    for path in (*REPO.glob('*.py'), *(REPO / 'data').rglob('*.py')):
+    for path in (
+        *REPO.glob('*.py'),
+        *(path for name in ('common', 'data', 'tools') for path in (REPO / name).rglob('*.py')),
+    ):
         copy = target / path.relative_to(REPO)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

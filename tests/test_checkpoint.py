@@ -8,17 +8,9 @@ import torch
 from conftest import SHARED  # noqa: F401
 from nanogpt_reference import ReferenceGPT
 
-from checkpoint import (
-    BEST,
-    LATEST,
-    load_checkpoint,
-    load_optimizer_buffers,
-    model_entry,
-    restore_model,
-    save_checkpoint,
-    set_aside,
-)
-from configurator import UserError
+from common.checkpoint import BEST, LATEST, load_optimizer_buffers, save_checkpoint, set_aside
+from common.errors import UserError
+from loading import load_checkpoint, model_entry, restore_model
 from model import GPT, GPTConfig
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)

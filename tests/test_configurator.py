@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import REPO, environment, run_forked
 
-from configurator import Config, UserError, configure, read_settings
+from common.errors import UserError
+from configurator import Config, configure, read_settings
 from model import GPTConfig
 
 
@@ -91,7 +92,7 @@ def test_mistakes_in_a_config_file(tmp_path, text, words):
         configure(settings(), [str(file)])
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'plot.py', 'data/text/prepare.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'tools/plot.py', 'data/text/prepare.py'])
 def test_help_explains_every_setting(script, tmp_path):
     result = run_forked(script, '--help', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -213,11 +214,10 @@ def test_fields_of_a_dataclass_are_settings(capsys):
 def test_one_line_keeps_its_place(tmp_path):
     """What was turned into one line, and running out of memory, name the last file and line of the project; a plain mistake does not."""
     shutil.copy(REPO / 'configurator.py', tmp_path)
-    (tmp_path / 'deep.py').write_text(
-        'from configurator import user_errors\n\ndef work(kind):\n    raise kind("broken")\n'
-    )
+    shutil.copytree(REPO / 'common', tmp_path / 'common')
+    (tmp_path / 'deep.py').write_text('\n\ndef work(kind):\n    raise kind("broken")\n')
     (tmp_path / 'script.py').write_text(
-        'from configurator import UserError, configure, user_errors\nfrom deep import work\nkind = ""\n'
+        'from common.errors import UserError, user_errors\nfrom configurator import configure\nfrom deep import work\nkind = ""\n'
         'configure(globals())\nif kind == "plain":\n    raise UserError("plain")\n'
         'kinds = dict(value=ValueError, memory=MemoryError, file=FileNotFoundError)\n'
         'with user_errors(ValueError, OSError, where="turned: "):\n    work(kinds[kind])\n'

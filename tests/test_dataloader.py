@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import CHARS, TINY, run_forked, run_forked_ok, write_data
 
-from configurator import UserError
+from common.distributed import Ranks
+from common.errors import UserError
 from dataloader import Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
-from runtime import Ranks
 from tokenizer import spec_from_meta, spec_from_nanogpt
 
 CPU = torch.device('cpu')

@@ -11,8 +11,7 @@ import types
 import pytest
 from conftest import REPO, environment
 
-import configurator
-import files
+from common import errors, files
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
@@ -69,7 +68,7 @@ def test_a_file_that_somebody_reads_on_windows(tmp_path, monkeypatch):
         files.replace(str(tmp_path / 'a'), str(tmp_path / 'b'))
 
 
-HOLD = 'import files, sys, time; print(files.lock_folder(sys.argv[1]), files.lock_folder(sys.argv[1]), flush=True); time.sleep(60)'
+HOLD = 'import sys, time; from common import files; print(files.lock_folder(sys.argv[1]), files.lock_folder(sys.argv[1]), flush=True); time.sleep(60)'
 
 
 def test_one_process_holds_a_folder(tmp_path):
@@ -144,13 +143,13 @@ def test_saying_something_to_nobody(number, monkeypatch, tmp_path):
 
     with open(tmp_path / 'out', 'w') as stream:
         monkeypatch.setattr(builtins, 'print', broken)
-        configurator.say('lost', file=stream)
+        errors.say('lost', file=stream)
         monkeypatch.setattr(builtins, 'print', real)
-        configurator.say('lost too', file=stream)
+        errors.say('lost too', file=stream)
     assert (tmp_path / 'out').read_text() == ''
     monkeypatch.setattr(builtins, 'print', lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'full')))
     with pytest.raises(OSError, match='full'):
-        configurator.say('kept')
+        errors.say('kept')
 
 
 def test_without_what_windows_lacks(tmp_path):
@@ -159,8 +158,9 @@ def test_without_what_windows_lacks(tmp_path):
         "import os, signal, sys\nfor name in ('SIGHUP', 'SIGUSR1', 'SIGKILL'):\n    delattr(signal, name)\n"
         "for name in ('fork', 'sched_getaffinity', 'getuid'):\n    delattr(os, name)\n"
         "sys.modules.update(dict.fromkeys(('resource', 'fcntl', 'termios'), None))\n"
-        'import torch, runtime, files, checkpoint, metrics, data.worker, data.pipeline\n'
-        "stop = runtime.StopSignal()\nprint(runtime.peak_memory(torch.device('cpu')), [s.name for s in stop.SIGNALS])\n"
+        'import torch, data.worker, data.pipeline\n'
+        'from common import checkpoint, device, distributed, files, tracking\n'
+        "stop = distributed.StopSignal()\nprint(device.peak_memory(torch.device('cpu')), [s.name for s in stop.SIGNALS])\n"
         'print(files.lock_folder(sys.argv[1]))\n'
     )
     result = subprocess.run(

@@ -10,10 +10,10 @@ import torch
 from conftest import CHARS
 
 import generation
-from configurator import UserError
-from generation import Context, Sample, Sampling, generate, uniforms, window_start
-from model import GPT, GPTConfig, KVCache
-from origin import to_hugging_face
+from common.errors import UserError
+from generation import Context, KVCache, Sample, Sampling, generate, uniforms, window_start
+from model import GPT, GPTConfig
+from pretrained import to_hugging_face
 from tokenizer import CharTokenizer
 
 BLOCK, VOCAB = 16, 50

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import TINY, metrics, run_ok
 
+from common.device import autocast
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, make_optimizer, step_unless
-from runtime import autocast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device here')]
 LONG = ['--max_iters=20', '--lr_decay_iters=20', '--dropout=0']

@@ -7,10 +7,10 @@ import torch
 from conftest import SHARED  # noqa: F401  (puts the repository on the path)
 from nanogpt_reference import ReferenceGPT
 
-import kernels
 import model as model_room
+from common import cpu
+from loading import load_pretrained
 from model import GPT, GPTConfig, alibi_mask
-from origin import load_pretrained
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
 
@@ -52,7 +52,7 @@ OPTIONS = [
 @pytest.mark.parametrize('short', [False, True])  # attention over short contexts in training on some CPUs
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_equals_naive_float64(ids, options, short, monkeypatch):
-    monkeypatch.setattr(kernels, 'short_context', 128 if short else 0)
+    monkeypatch.setattr(cpu, 'short_context', 128 if short else 0)
     options = {'bias': True, **options}
     model = randomized(GPT(GPTConfig(**SHAPE, **options)))
     reference = ReferenceGPT(**SHAPE, **options, dropout=0.0)

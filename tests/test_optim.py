@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import REPO, environment
 
+from common.distributed import Ranks
 from model import GPT, GPTConfig
 from optim import (
     ALONE,
@@ -21,7 +22,6 @@ from optim import (
     step_unless,
     update_ratio,
 )
-from runtime import Ranks
 
 
 def tiny_model(n_layer=2):

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from conftest import REPO, environment, run_forked, run_forked_ok
 
-from configurator import UserError
+from common.errors import UserError
+from common.files import LOCK, written_whole
 from data import pipeline, sources
 from data.pipeline import write_dataset
 from data.sources import Documents, Files, pieces_of, safe_cut
 from data.worker import Job, Worker, document_hash
 from dataloader import Tokens, read_meta
-from files import LOCK, written_whole
 from tokenizer import ByteTokenizer, load_tokenizer
 
 WORDS = [
@@ -408,7 +408,12 @@ def test_interrupted_anywhere_and_with_any_workers_the_bytes_are_the_same(tmp_pa
 @pytest.fixture
 def data_folder(tmp_path):
     """A folder with the scripts and data/NAME/prepare.py, so that nothing is written into the real one."""
-    for path in [*REPO.glob('*.py'), *REPO.glob('data/*.py'), *REPO.glob('data/*/prepare.py')]:
+    for path in [
+        *REPO.glob('*.py'),
+        *REPO.glob('common/*.py'),
+        *REPO.glob('data/*.py'),
+        *REPO.glob('data/*/prepare.py'),
+    ]:
         target = tmp_path / path.relative_to(REPO)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())

@@ -391,7 +391,7 @@ def test_speedrun(workspace):
         )
     )
     output = run_forked_ok(
-        'speedrun.py',
+        'tools/compare.py',
         '--baseline=recipe.py',
         '--contender=recipe.py --learning_rate=1e-2 --max_iters=20',
         '--target=3.25',
@@ -409,7 +409,7 @@ def test_speedrun(workspace):
         (['--baseline=recipe.py --eval_only=True'], 'trained nothing'),
     ):
         result = run_forked(
-            'speedrun.py', '--baseline=recipe.py', '--contender=recipe.py', '--seeds=1', *arguments, cwd=workspace
+            'tools/compare.py', '--baseline=recipe.py', '--contender=recipe.py', '--seeds=1', *arguments, cwd=workspace
         )
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1
 
@@ -450,7 +450,9 @@ def test_plot(trained, tmp_path, x):
     png = tmp_path / 'loss.png'
     with open(trained / 'out' / 'metrics.jsonl', 'a', encoding='utf-8') as file:
         file.write('{"iter": 9, "lo')  # as a crash leaves it
-    run_forked_ok('plot.py', f'--runs={trained / "out"},{trained / "out"}', f'--output={png}', f'--x={x}', cwd=tmp_path)
+    run_forked_ok(
+        'tools/plot.py', f'--runs={trained / "out"},{trained / "out"}', f'--output={png}', f'--x={x}', cwd=tmp_path
+    )
     assert png.read_bytes().startswith(b'\x89PNG')
 
 
@@ -460,9 +462,11 @@ def test_every_run_is_in_the_legend(trained, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         shutil.copy(trained / 'out' / 'metrics.jsonl', tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os.sys, 'argv', ['plot.py', '--runs=a$_$,_run,x\\frac', '--output=p.png'])
+    monkeypatch.setattr(os.sys, 'argv', ['tools/plot.py', '--runs=a$_$,_run,x\\frac', '--output=p.png'])
     monkeypatch.setattr(os.sys, 'excepthook', os.sys.excepthook)
-    labels = [text.get_text() for text in runpy.run_path(str(REPO / 'plot.py'))['axes'].get_legend().get_texts()]
+    labels = [
+        text.get_text() for text in runpy.run_path(str(REPO / 'tools' / 'plot.py'))['axes'].get_legend().get_texts()
+    ]
     assert len(labels) == 9 and all(
         sum(label.endswith(f', {name}') for label in labels) == 3 for name in ('a$_$', '_run', 'x\\frac')
     )
@@ -612,7 +616,7 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 
 
 def test_download(tmp_path, monkeypatch):
-    from configurator import UserError
+    from common.errors import UserError
     from data import download
 
     monkeypatch.setattr(download.time, 'sleep', lambda seconds: None)

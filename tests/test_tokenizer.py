@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import SHARED
 
-from configurator import UserError
+from common.errors import UserError
 from tokenizer import (
     GPT2_SPEC,
     ByteTokenizer,
@@ -583,7 +583,7 @@ def test_unsound_files_of_a_tokenizer(tmp_path, files, words):
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     """Even of a model of GPT-2's size: it is not known to be GPT-2's."""
-    from origin import pretrained_tokenizer
+    from pretrained import pretrained_tokenizer
 
     assert read_tokenizer(str(tmp_path)) is None
     assert read_tokenizer(write_folder(tmp_path / 'm', vocab=SMALL_VOCAB, config={'vocab_size': 50257})) is None

@@ -27,9 +27,9 @@ from conftest import (
 )
 from nanogpt_reference import ReferenceGPT
 
-from checkpoint import load_checkpoint
+from common.device import named_peak_flops
+from loading import load_checkpoint
 from model import GPT, GPTConfig
-from runtime import named_peak_flops
 
 DROPOUT = '--dropout=0.2'
 MODERN = [
@@ -1003,7 +1003,7 @@ def test_nobody_reads_and_it_is_told_to_stop(workspace, signum):
 def test_nohup_is_heeded():
     """A SIGHUP that is ignored stays ignored; the other signals are caught."""
     program = (
-        'import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from runtime import StopSignal; stop = StopSignal(); '
+        'import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from common.distributed import StopSignal; stop = StopSignal(); '
         'os.kill(os.getpid(), signal.SIGHUP); print(stop.received); os.kill(os.getpid(), signal.SIGUSR1); print(stop.received.name)'
     )
     result = subprocess.run(

@@ -11,7 +11,8 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # by name: HERE/../.. is elsewhere if data/ is a link
-from configurator import UserError, configure
+from common.errors import UserError
+from configurator import configure
 from data.pipeline import write_dataset
 from data.sources import Files
 

@@ -8,8 +8,8 @@ import json
 import math
 import os
 
-from configurator import UserError, one_line, say, user_errors
-from files import written_whole
+from common.errors import UserError, one_line, say, user_errors
+from common.files import written_whole
 
 FILE = 'metrics.jsonl'
 

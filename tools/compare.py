@@ -1,8 +1,8 @@
 """Which of two recipes is sooner at a validation loss, and by how much.
 
-    python speedrun.py                                                 the CPU recipe for Shakespeare against its speedrun
-    python speedrun.py --baseline=config/train_shakespeare_char.py --contender=config/speedrun_shakespeare_char.py --target=1.47
-    python speedrun.py --contender='config/mine.py --learning_rate=3e-3' --seeds=5
+    python tools/compare.py                                                 the CPU recipe for Shakespeare against its speedrun
+    python tools/compare.py --baseline=config/train_shakespeare_char.py --contender=config/speedrun_shakespeare_char.py --target=1.47
+    python tools/compare.py --contender='config/mine.py --learning_rate=3e-3' --seeds=5
 
 The two train in turns, with one seed after the other, each as a process of its own. The clock runs while they train: forward,
 data, backward, optimizer; it stands while they start, compile, evaluate, save and log. Compilation is told apart, and counted in
@@ -16,8 +16,10 @@ import statistics
 import subprocess
 import sys
 
-from configurator import UserError, configure, one_line, require, user_errors
-from metrics import FILE, read_metrics
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.errors import UserError, one_line, user_errors
+from common.tracking import FILE, read_metrics
+from configurator import configure, require
 
 baseline = 'config/train_shakespeare_char_cpu.py'  # arguments of train.py
 contender = 'config/speedrun_shakespeare_char_cpu.py'  # arguments of train.py
@@ -43,7 +45,7 @@ except ImportError as error:
 def train(name, seed):
     """Train once -> what came of it: curve [(seconds, loss)], seconds and updates to the target, compilation, last loss."""
     folder = os.path.join(out_dir, f'{name}-{seed}')
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
+    script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train.py')
     arguments = shlex.join(recipes[name])
     command = [sys.executable, script, *recipes[name], f'--seed={seed}', f'--out_dir={folder}', '--eval_iters=0']
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

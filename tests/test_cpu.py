@@ -4,21 +4,20 @@ the model that model.py describes, whatever a person made of it."""
 import copy
 import json
 import math
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import CHARS, REPO, environment, run_forked, write_data
+from conftest import CHARS, REPO, copy_scripts, environment, run_forked, write_data
 from torch.nn import functional as F
 
-import packing
-from configurator import UserError
+from common import cpu
+from common.cpu import Int8Linear, PackedLinear, PlainLinear, pack
+from common.device import autocast
+from common.errors import UserError
 from generation import Sample, Sampling, generate
 from model import GPT, MLP, GPTConfig
-from packing import Int8Linear, PackedLinear, PlainLinear, pack
-from runtime import autocast
 
 CPU = torch.device('cpu')
 
@@ -88,9 +87,9 @@ def test_int8_product(bias):
 def test_int8_without_vnni(levels):
     """The worst case for sums of pairs in 16 bits: all at the largest. With 7-bit inputs it is exact on every processor."""
     program = (
-        'import torch, packing; linear = torch.nn.Linear(64, 16, bias=False); torch.nn.init.ones_(linear.weight); '
+        'import torch; from common import cpu; linear = torch.nn.Linear(64, 16, bias=False); torch.nn.init.ones_(linear.weight); '
         f'torch.cpu._is_vnni_supported = lambda: {levels == 127}; '
-        'print((packing.Int8Linear(linear)(torch.ones(1, 64)) - 64).abs().max().item())'
+        'print((cpu.Int8Linear(linear)(torch.ones(1, 64)) - 64).abs().max().item())'
     )
     result = subprocess.run(
         [sys.executable, '-c', program],
@@ -108,7 +107,7 @@ def test_int8_without_vnni(levels):
 )
 def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
     """The same logits up to the precision asked for, and texts that do not depend on what else is in the batch."""
-    monkeypatch.setattr(packing, 'SMALLEST', 0)
+    monkeypatch.setattr(cpu, 'SMALLEST', 0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.1)).eval()
     packed = copy.deepcopy(model)
@@ -146,7 +145,7 @@ def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
 @pytest.mark.parametrize('smallest', [0, 64 * 64 + 1, math.inf])
 def test_a_packed_model_is_the_same_model(options, smallest, monkeypatch, capsys):
     """Every kind of layer, all by oneDNN, the larger ones, and none, reads and continues as before."""
-    monkeypatch.setattr(packing, 'SMALLEST', smallest)
+    monkeypatch.setattr(cpu, 'SMALLEST', smallest)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=64, **options)).eval()
     for parameter in model.parameters():  # biases and gains too
@@ -324,7 +323,7 @@ def test_a_loss_that_reads_a_weight(monkeypatch, capsys):
 
 def test_a_library_that_multiplies_wrongly(monkeypatch, capsys):
     """Each packed layer is compared with the one that it replaces."""
-    monkeypatch.setattr(packing.PlainLinear, 'forward', lambda self, x: 1.01 * F.linear(x, self.matrix, self.vector))
+    monkeypatch.setattr(cpu.PlainLinear, 'forward', lambda self, x: 1.01 * F.linear(x, self.matrix, self.vector))
     model = tiny()
     pack(model, CPU, torch.float32)
     assert type(model.lm_head) is torch.nn.Linear and 'PlainLinear is off by' in capsys.readouterr().err
@@ -377,37 +376,19 @@ def trained(tmp_path_factory):
     return folder
 
 
-LAUNCHER = """
-import pathlib, runpy, sys
-folder = pathlib.Path(__file__).parent
-sys.path.insert(0, str(folder))
-for file in folder.glob('*.py'):
-    sys.modules.pop(file.stem, None)
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
 def edited_copy(folder, edits=(), packed=True):
-    """A copy of the scripts with an edited model.py; packed=False: and with a packing.py that leaves it as it is."""
-    folder.mkdir()
-    for file in REPO.glob('*.py'):
-        shutil.copy(file, folder)
-    (folder / 'launcher.py').write_text(LAUNCHER, encoding='utf-8')
-    text = (folder / 'model.py').read_text(encoding='utf-8')
-    for old, new in edits:
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    (folder / 'model.py').write_text(text, encoding='utf-8')
+    """A copy of the scripts with an edited model.py; packed=False: and with a pack() that leaves the model as it is."""
+    copy_scripts(folder, [('model.py', old, new) for old, new in edits])
     if not packed:
-        (folder / 'packing.py').write_text('def pack(model, *args):\n    model.eval()\n', encoding='utf-8')
+        with open(folder / 'common' / 'cpu.py', 'a', encoding='utf-8') as file:
+            file.write('\n\ndef pack(model, *args):\n    model.eval()\n')
     return folder
 
 
 def outputs(folder, workspace):
     """What the copies of sample.py and evaluate.py print in a workspace -> (a sample, the line of the loss, warnings)."""
     results = [
-        run_forked(folder / 'launcher.py', folder / script, '--device=cpu', *arguments, cwd=workspace)
+        run_forked(folder / script, '--device=cpu', *arguments, cwd=workspace)
         for script, *arguments in (
             ('sample.py', '--start=abc', '--temperature=0', '--json=True', '--num_samples=1', '--max_new_tokens=20'),
             ('evaluate.py', '--eval_iters=2'),

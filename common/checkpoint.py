@@ -8,9 +8,7 @@ Each file is written under another name, flushed to the disk and renamed. Renami
 it the previous save is whole, after it the new one is. Random state needs no saving, see runtime.seed_all.
 """
 
-import dataclasses
 import glob
-import math
 import os
 import shutil
 import warnings
@@ -18,15 +16,11 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
-from configurator import UserError, one_line, user_errors
-from files import lock_folder, written_whole
-from model import GPT, GPTConfig
-from tokenizer import check_spec
+from common.errors import UserError, one_line, user_errors
+from common.files import lock_folder, written_whole
 
 LATEST, BEST = 'ckpt.pt', 'ckpt_best.pt'
-NANOGPT_FIELDS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -104,27 +98,6 @@ def set_aside(out_dir):
     return target
 
 
-def model_args_of(config):
-    """A GPTConfig as the dict that a checkpoint stores: nanoGPT's fields, and others only where they are not the default,
-    so that nanoGPT opens every model that it can represent and refuses the rest."""
-    defaults = GPTConfig()
-    args = dataclasses.asdict(config)
-    return {name: value for name, value in args.items() if name in NANOGPT_FIELDS or value != getattr(defaults, name)}
-
-
-def model_entry(model):
-    """The part of a checkpoint that describes the model: {'model': weights, 'model_args': shape, …}.
-
-    OpenAI's GPT-2 computes GELU by tanh, nanoGPT runs it with erf and is hardly off. So that nanoGPT opens a fine-tuned
-    GPT-2 of ours, this one choice is written beside model_args rather than into it.
-    """
-    model_args = model_args_of(model.config)
-    entry = {'model': model.state_dict(), 'model_args': model_args}
-    if model_args.get('mlp') == 'gelu_tanh':
-        entry['mlp'] = model_args.pop('mlp')
-    return entry
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 # What a pickled numpy number, such as a best loss of numpy's, is made of: names that make numbers and nothing else
@@ -162,104 +135,6 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return (tuple if isinstance(value, tuple) else list)(map(plain, value))
     return value if isinstance(value, (int, float, str, type(None))) else one_line(repr(value), 100)
-
-
-def load_checkpoint(path):
-    """A checkpoint of SAMgpt's or nanoGPT's -> dict, its weights under plain names. UserError if it is anything else."""
-    checkpoint = load_data(path)
-    wanted = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
-    if isinstance(checkpoint, dict):
-        checkpoint.update(
-            {key: plain(value) for key, value in checkpoint.items() if key not in ('model', 'optimizer', 'tokenizer')}
-        )
-    for key, kind in wanted.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
-            raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
-    with user_errors(ValueError, TypeError, where=f'{path} is not a sound checkpoint: '):
-        checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
-        if math.isnan(checkpoint['best_val_loss']):
-            raise ValueError('its best_val_loss is not a number')
-        checkpoint['seconds'] = float(checkpoint.get('seconds', 0.0))  # of training so far
-        if not 0 <= checkpoint['seconds'] < math.inf:
-            raise ValueError('its seconds are no time')
-        checkpoint.setdefault('best_iter', checkpoint['iter_num'])
-        checkpoint.setdefault('evaluated_at', -1)  # the step at which it was last evaluated; -1: not known
-        checkpoint.setdefault('windows_taken', None)  # see dataloader.TrainBatches; None: not known
-        if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:
-            raise ValueError('its iter_num or best_iter counts no updates')
-        if type(checkpoint['evaluated_at']) is not int:
-            raise ValueError('its evaluated_at counts no updates')
-        if checkpoint['windows_taken'] is not None and not (
-            type(checkpoint['windows_taken']) is int and 0 <= checkpoint['windows_taken']
-        ):
-            raise ValueError('its windows_taken counts no windows')
-        if not all(isinstance(name, str) for name in checkpoint['model']):
-            raise ValueError('its weights have no names')
-        if checkpoint.get('tokenizer') is not None:
-            check_spec(checkpoint['tokenizer'])
-    weights = {
-        name.replace('_orig_mod.', '').removeprefix('module.'): weight for name, weight in checkpoint['model'].items()
-    }
-    # nanoGPT's attention without flash keeps its causal mask as a buffer; here it needs none
-    checkpoint['model'] = {
-        name: weight for name, weight in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))
-    }
-    if 'mlp' in checkpoint:
-        checkpoint['model_args']['mlp'] = checkpoint['mlp']
-    return checkpoint
-
-
-def restore_model(checkpoint, path, dropout=None):
-    """The model of a loaded checkpoint, on the CPU in float32. dropout replaces the one it was trained with.
-
-    UserError if model_args describes no model or another one than the weights. Nothing large is allocated before that is
-    known, so that a forged shape cannot exhaust the memory.
-    """
-    args, weights = dict(checkpoint['model_args']), checkpoint['model']
-    if dropout is not None:
-        args['dropout'] = dropout
-    layers = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
-    with user_errors(ValueError, TypeError, RuntimeError, where=f'{path}: the weights do not fit the model_args: '):
-        if args.get('n_layer') != len(layers):
-            raise ValueError(f'n_layer={args.get("n_layer")!r}, but there are weights of {len(layers)} layers')
-        if not all(torch.is_tensor(weight) and weight.is_floating_point() for weight in weights.values()):
-            raise ValueError('some of them are not tensors of numbers')
-        if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
-            raise ValueError('some of them claim to be larger than they are')
-        embedding, head = 'transformer.wte.weight', 'lm_head.weight'
-        if args.get('tie_weights', True):  # a file may hold the one matrix once or twice
-            if (head in weights) != (embedding in weights):
-                weights = {
-                    **weights,
-                    head: weights.get(head, weights.get(embedding)),
-                    embedding: weights.get(embedding, weights.get(head)),
-                }
-            elif head in weights and not torch.equal(weights[head].nan_to_num(), weights[embedding].nan_to_num()):
-                raise ValueError(
-                    'the head differs from the embedding, so they are not the one matrix that tie_weights=True makes them'
-                )
-        model = skeleton(GPTConfig(**args))
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
-    model.tie_weights()
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f'{path}: some of its weights are not finite numbers; use another checkpoint')
-    return model
-
-
-class NoInit(TorchFunctionMode):
-    """Where torch.nn.init would fill a tensor, leaves it: on the meta device that costs an import of the compiler, 1.5 s."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, '__module__', '') == 'torch.nn.init':
-            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
-        return function(*args, **kwargs)
-
-
-def skeleton(config):
-    """A GPT whose parameters have shapes but no memory, to be given weights by load_state_dict(..., assign=True)."""
-    with torch.device('meta'), NoInit():
-        return GPT(config)
 
 
 def load_optimizer_buffers(checkpoint, out_dir):

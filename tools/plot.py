@@ -1,12 +1,15 @@
 """Draw the loss curves of one or more runs, from their metrics.jsonl, into a PNG.
 
-python plot.py --runs=out-a,out-b --output=loss.png --title="Two learning rates"
+python tools/plot.py --runs=out-a,out-b --output=loss.png --title="Two learning rates"
 """
 
 import os
+import sys
 
-from configurator import UserError, configure, require, user_errors
-from metrics import FILE, read_metrics
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common.errors import UserError, user_errors
+from common.tracking import FILE, read_metrics
+from configurator import configure, require
 
 runs = 'out'  # the runs' folders, with commas between
 output = ''  # the PNG to write; loss.png in the first run's folder unless given

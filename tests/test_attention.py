@@ -5,7 +5,8 @@ import torch
 from conftest import SHARED  # noqa: F401
 from torch.nn import functional as F
 
-import kernels
+from common import cpu
+from model import attention
 
 CPU = torch.device('cpu')
 
@@ -13,10 +14,10 @@ CPU = torch.device('cpu')
 @pytest.fixture
 def onednn():
     """As train.py computes on a CPU; torch's own ways afterwards."""
-    with kernels.torch_products():
-        kernels.use_onednn_products(CPU)
+    with cpu.torch_products():
+        cpu.use_onednn_products(CPU)
         yield
-    assert kernels.short_context == 0
+    assert cpu.short_context == 0
 
 
 @pytest.mark.parametrize('shape', [(768, 128, 384), (5, 33, 7), (1, 64, 64), (300, 1000, 65)])
@@ -48,29 +49,29 @@ def test_attention(monkeypatch, heads, kind, short):
         mask[..., 0] = True  # each sees something
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
-    monkeypatch.setattr(kernels, 'short_context', short)
-    y = kernels.attention(q, k, v, None if kind == 'causal' else mask)
+    monkeypatch.setattr(cpu, 'short_context', short)
+    y = attention(q, k, v, None if kind == 'causal' else mask)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (q, k, v)), gradients)
 
 
 def test_short_attention_drops(monkeypatch):
     """A share of the probabilities, the rest scaled up: right on average."""
-    monkeypatch.setattr(kernels, 'short_context', 128)
+    monkeypatch.setattr(cpu, 'short_context', 128)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 6, 8)
-    draws = torch.stack([kernels.attention(q, k, v, dropout=0.3) for _ in range(4000)])
-    torch.testing.assert_close(draws.mean(0), kernels.attention(q, k, v), rtol=0.1, atol=0.1)
+    draws = torch.stack([attention(q, k, v, dropout=0.3) for _ in range(4000)])
+    torch.testing.assert_close(draws.mean(0), attention(q, k, v), rtol=0.1, atol=0.1)
     assert (draws[:, 0, 0, 0] == 0).all(dim=-1).float().mean().item() == pytest.approx(
         0.3, abs=0.03
     )  # of a position that sees one
 
 
 def test_torch_products_restores():
-    with kernels.torch_products():
-        kernels.use_onednn_products(CPU)
-        inside = kernels.short_context
-        with kernels.torch_products():
-            assert kernels.short_context == 0
-        assert kernels.short_context == inside
-    assert kernels.short_context == 0
+    with cpu.torch_products():
+        cpu.use_onednn_products(CPU)
+        inside = cpu.short_context
+        with cpu.torch_products():
+            assert cpu.short_context == 0
+        assert cpu.short_context == inside
+    assert cpu.short_context == 0

@@ -1,0 +1,1 @@
+"""Scripts to use beside a run."""
