@@ -1,16 +1,15 @@
-"""Settings for a script: its own globals, then config files, then the command line.
+"""Settings of a script: its own globals, then config files, then the command line.
 
-A script lists its settings as module globals in lower case, each with a comment at the end of the line, and then calls
+A script lists its settings as module globals in lower case, each with a comment at the end of the line, then calls
 
     config = configure(globals())
 
 so that `python train.py config/small.py --batch_size=32` first runs config/small.py, then sets batch_size. Arguments
-apply from left to right, the last one wins; a setting that is a tuple of texts grows by one with each `--key=text`, and
+apply from left to right, the last one wins. Each `--key=text` appends to a setting that is a tuple of strings, and
 `--key=` empties it. `--help` prints every setting with its default and its comment.
 """
 
 import ast
-import atexit
 import dataclasses
 import difflib
 import io
@@ -18,51 +17,57 @@ import os
 import sys
 import tokenize
 from collections import UserDict
+from collections.abc import Callable
 from types import ModuleType
 
-from common.errors import UserError, flush_output, one_line, report_uncaught
+from common.errors import UserError, install_error_handling, one_line
 
-SETTING_TYPES = (bool, int, float, str, tuple, type(None))
 ROOT = os.path.dirname(os.path.abspath(__file__))
+SETTING_TYPES = {  # type of a default -> its values in the words of an error line
+    bool: 'True or False',
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text in quotes',
+    tuple: 'a tuple of strings',
+    type(None): 'anything',
+}
 
 
 class Config(dict):
-    """The settings as a dict from name to value; `given` names those set by a config file or the command line. `recipe`: see configure."""
+    """The settings as a dict from name to value.
+
+    given: names of those that a config file or the command line has set.
+    recipe: the settings of another script, see configure.
+    """
 
     def __init__(self, values, given, recipe=None):
         super().__init__(values)
-        self.given, self.recipe = frozenset(given), recipe or {}
+        self.given = frozenset(given)
+        self.recipe = recipe or {}
 
 
-def configure(settings, argv=None, bare=None, paths=(), fields=None, recipe=None):
-    """Apply config files and `--key=value` arguments to `settings` (a script's globals), in place.
+def configure(settings: dict, argv=None, bare=None, paths=(), fields=None, recipe=None) -> Config:
+    """Apply config files and `--key=value` arguments to `settings`, a script's globals, in place.
 
-    argv: the arguments, sys.argv[1:] unless given.
-    bare: the setting that an argument is for which is neither a .py file nor starts with dashes.
-    paths: settings that are paths, in which a leading ~ is the home folder.
-    fields: a dataclass, such as GPTConfig; each of its fields that the script does not list is a setting too.
-    recipe: another script, beside this one; config files may set what that script knows, and what is not a setting here goes into the
-        Config's `recipe`, with that script's defaults.
-    Returns a Config of every setting. Raises UserError for a missing or broken config file, an unknown key (naming the nearest known
-    one) and a value of the wrong type.
+    Also sets up how the process reports errors: see common.errors.install_error_handling.
+    argv: the arguments; default sys.argv[1:].
+    bare: the setting that receives an argument which is neither a .py file nor starts with dashes.
+    paths: settings that are paths, where a leading ~ is the home folder.
+    fields: a dataclass, such as GPTConfig, whose fields are settings too unless the script lists them itself.
+    recipe: another script's name, such as 'train.py'. Config files may set its settings too; those that this script
+        lacks end up in Config.recipe, together with their defaults.
+    Raises UserError for a missing or broken config file, an unknown key (naming the nearest known one) and a value of
+    the wrong type.
     """
-    sys.excepthook = report_uncaught
-    atexit.register(flush_output)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(
-                errors='backslashreplace'
-            )  # a terminal that cannot show a character shows its number, and no traceback
-    if fields:
-        settings.update(
-            {field.name: field.default for field in dataclasses.fields(fields) if field.name not in settings}
-        )
+    install_error_handling()
+    for field in dataclasses.fields(fields) if fields else ():
+        settings.setdefault(field.name, field.default)
     defaults = settings_in(settings)
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print_help(settings, defaults, fields)
         sys.exit(0)
-    elsewhere = read_settings(os.path.join(ROOT, recipe)) if recipe else {}
+    others = read_settings(os.path.join(ROOT, recipe)) if recipe else {}
     values, given = dict(defaults), set()
     for argument in argv:
         if bare and not argument.startswith('-') and not argument.endswith('.py'):
@@ -70,19 +75,17 @@ def configure(settings, argv=None, bare=None, paths=(), fields=None, recipe=None
         if argument.startswith('--'):
             assigned = parse_argument(argument, defaults, values)
         else:
-            assigned = run_config_file(argument, {**settings, **elsewhere, **values}, {**elsewhere, **defaults})
-            elsewhere.update({key: value for key, value in assigned.items() if key not in defaults})
-        values.update({key: value for key, value in assigned.items() if key in defaults})
+            assigned = run_config_file(argument, {**settings, **others, **values}, {**others, **defaults})
+        for key, value in assigned.items():
+            (values if key in defaults else others)[key] = value
         given.update(assigned)
     values.update({key: os.path.expanduser(values[key]) for key in paths})
     settings.update(values)
-    return Config(
-        values, given & defaults.keys(), {key: value for key, value in elsewhere.items() if key not in defaults}
-    )
+    return Config(values, given & defaults.keys(), {k: v for k, v in others.items() if k not in defaults})
 
 
-def settings_in(namespace):
-    """The names in a namespace that are settings: in lower case, and of a type that an argument can have -> {name: value}."""
+def settings_in(namespace: dict) -> dict:
+    """The settings in a namespace: names in lower case whose value has a type of SETTING_TYPES -> {name: value}."""
     return {
         key: value
         for key, value in namespace.items()
@@ -90,55 +93,59 @@ def settings_in(namespace):
     }
 
 
-def read_settings(path):
-    """The settings of a script and their defaults -> {name: value}: what it imports and assigns before it calls configure() is all that
-    is run of it."""
+def read_settings(path: str) -> dict:
+    """The settings of a script -> {name: default}. Runs only its imports and assignments above configure()."""
     with open(path, encoding='utf-8') as file:
         body = ast.parse(file.read()).body
-    before = body[: next((n for n, node in enumerate(body) if 'configure(globals()' in ast.unparse(node)), len(body))]
-    namespace = {}
-    exec(
-        compile(
-            ast.Module([node for node in before if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))], []),
-            path,
-            'exec',
-        ),
-        namespace,
-    )
+    namespace, assignments = {}, []
+    for node in body:
+        if 'configure(globals()' in ast.unparse(node):
+            break
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)):
+            assignments.append(node)
+    exec(compile(ast.Module(assignments, []), path, 'exec'), namespace)
     return settings_in(namespace)
 
 
-def require(config, test, rule, *keys):
-    """Raise UserError naming the first of `keys` whose value fails `test`; `rule` says in words what is wanted."""
-    for key in keys:
+def require(config: dict, keys: str, rule: str, test: Callable[[object], bool]):
+    """Raise UserError for the first of the settings in `keys` whose value fails `test`; `rule` says what it must be.
+
+    Example: require(config, 'batch_size block_size', 'at least 1', lambda v: v >= 1)
+    """
+    for key in keys.split():
         if not test(config[key]):
             raise UserError(f'--{key}={config[key]}: must be {rule}')
 
 
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
 def parse_argument(argument, defaults, values):
-    """'--key=value' -> {key: value}, the value read as the type of the key's default; `values` are the settings so far."""
+    """'--key=value' -> {key: value}, the value with the type of the key's default; `values` are the settings so far."""
     key, equals, text = argument[2:].partition('=')
     check_known(key, defaults, argument)
     if not equals:
         raise UserError(f'{argument}: write it as --{key}=VALUE')
     if isinstance(defaults[key], str):
-        return {key: text}  # text stays text, even if it looks like a number
+        return {key: text}  # not evaluated: a name may look like a number
     if isinstance(defaults[key], tuple):
         return {key: values[key] + (text,) if text else ()}
     try:
-        value = (
-            int(text) if type(defaults[key]) is int and text.isdecimal() else ast.literal_eval(text)
-        )  # 007 is a number, too
+        value = int(text) if type(defaults[key]) is int and text.isdecimal() else ast.literal_eval(text)  # 007 is 7
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     return {key: check_type(key, value, defaults, argument)}
 
 
+# --- config files -----------------------------------------------------------------------------------------------------
+
+
 class Recorder(UserDict):
-    """A namespace that remembers what is assigned in it, also by a file that the one in it runs or imports from."""
+    """The local namespace of a config file: records the names assigned in it, also by exec and `from x import *`."""
 
     def __init__(self, namespace):
-        self.data, self.assigned = namespace, {}
+        self.data = namespace
+        self.assigned = {}  # as an ordered set
 
     def __setitem__(self, key, value):
         self.data[key] = value
@@ -146,11 +153,14 @@ class Recorder(UserDict):
 
 
 def run_config_file(path, namespace, defaults):
-    """Run a config file in `namespace`, a copy of the script's globals so far -> {key: value} of what it assigned, however it got there."""
+    """Run a config file in `namespace`, a copy of the script's globals so far -> {key: value} of assigned settings.
+
+    The file may assign them in any way: directly, by imports, exec, or through globals().
+    """
     path = os.path.expanduser(path)
     tree, code = compile_config_file(path)
     before, recorder, folder = dict(namespace), Recorder(namespace), os.path.dirname(os.path.abspath(path))
-    sys.path.append(folder)  # a config file may import from its neighbours
+    sys.path.append(folder)  # so that it can import from files beside it
     try:
         exec(code, namespace, recorder)
     except (Exception, SystemExit) as error:
@@ -158,41 +168,41 @@ def run_config_file(path, namespace, defaults):
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {one_line(str(error))}') from error
     finally:
         sys.path.remove(folder)
-    imported = {
-        alias.asname or alias.name.partition('.')[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
-    behind = (key for key in defaults if namespace.get(key) is not before[key])  # assigned by way of globals()
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {alias.asname or alias.name.partition('.')[0] for node in imports for alias in node.names}
+    through_globals = [key for key in defaults if namespace.get(key) is not before[key]]
     assigned = {}
-    for key in dict.fromkeys((*recorder.assigned, *behind)):
+    for key in dict.fromkeys((*recorder.assigned, *through_globals)):
         if key.startswith('_') or key not in namespace:
-            continue  # a helper of the config file's own
+            continue  # a helper variable, or deleted again
         value = namespace[key]
         if key not in defaults and (isinstance(value, ModuleType) or callable(value) or key in imported):
-            continue  # an import or a function: cannot be meant as a setting
-        check_known(key, defaults, path, hint=' (a helper name in a config file starts with an underscore)')
+            continue  # an import or a function, not a misspelt setting
+        check_known(key, defaults, path, hint=' (start the names of helper variables with an underscore)')
         assigned[key] = check_type(key, value, defaults, path)
     return assigned
 
 
 def compile_config_file(path):
-    """Read and compile a config file -> its syntax tree, its code. UserError if it is missing or is not Python."""
+    """Read and compile a config file -> (syntax tree, code). UserError if it is missing or not Python."""
     hint = '' if os.path.exists(path) else ' (settings are written --key=value, config files are paths)'
     try:
         with open(path, encoding='utf-8-sig') as file:
             tree = ast.parse(file.read(), path)
             return tree, compile(tree, path, 'exec')
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f'cannot read the config file {path}: {getattr(error, "strerror", None) or error}{hint}'
-        ) from error
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'cannot read the config file {path}: {reason}{hint}') from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f'{path}, line {getattr(error, "lineno", "?")}: not valid Python: {error}') from error
+        reason = getattr(error, 'msg', None) or error
+        raise UserError(f'{path}, line {getattr(error, "lineno", "?")}: not valid Python: {reason}') from error
+
+
+# --- names and types --------------------------------------------------------------------------------------------------
 
 
 def check_known(key, defaults, where, hint=''):
+    """Raise UserError naming the nearest setting if there is none called `key`."""
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
         known = f'the nearest is {nearest[0]!r}, --help lists all' if nearest else 'this script has none'
@@ -200,7 +210,7 @@ def check_known(key, defaults, where, hint=''):
 
 
 def check_type(key, value, defaults, where):
-    """The value, widened to the type of the key's default; UserError where the two do not fit."""
+    """The value, converted to the type of the key's default where nothing is lost; UserError for any other type."""
     default = defaults[key]
     if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'):
         value = value.item()  # a numpy number
@@ -213,23 +223,17 @@ def check_type(key, value, defaults, where):
     if type(default) is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():
-        return int(value)  # 6e5 updates
-    expected = {
-        bool: 'True or False',
-        int: 'a whole number',
-        float: 'a number',
-        str: 'text in quotes',
-        tuple: 'a tuple of texts',
-    }[type(default)]
-    raise UserError(f'{where}: {key} must be {expected}, not {value!r}')
+        return int(value)  # such as max_iters = 6e5
+    raise UserError(f'{where}: {key} must be {SETTING_TYPES[type(default)]}, not {value!r}')
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
 
 
 def print_help(settings, defaults, fields=None):
-    """Print the script's docstring and every setting as `--key=default  comment`, read from its source, and from that of `fields`."""
-    comments = {
-        **(read_comments(sys.modules[fields.__module__].__file__) if fields else {}),
-        **read_comments(settings['__file__']),
-    }
+    """Print the script's docstring and every setting as `--key=default  comment`, the comment read from the source."""
+    comments = read_comments(sys.modules[fields.__module__].__file__) if fields else {}
+    comments.update(read_comments(settings['__file__']))
     print((settings.get('__doc__') or '').strip())
     print('\nSettings, given as --key=value or assigned in a config file:')
     for key, default in defaults.items():
@@ -237,19 +241,20 @@ def print_help(settings, defaults, fields=None):
 
 
 def read_comments(path):
-    """The comments at the end of a file's assignments, at the top and in its classes -> {name: comment}; of several, the first counts."""
+    """The end-of-line comments of a file's assignments, at the top level and in classes -> {name: comment}.
+
+    The first assignment to a name counts.
+    """
     with open(path, encoding='utf-8') as file:
         source = file.read()
-    comments = {
-        token.start[0]: token.string.lstrip('# ')
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
     body = ast.parse(source).body
     nodes = [*body, *(node for scope in body if isinstance(scope, ast.ClassDef) for node in scope.body)]
-    assigned = [
-        (node.target if isinstance(node, ast.AnnAssign) else node.targets[0], node.end_lineno)
-        for node in nodes
-        if isinstance(node, (ast.Assign, ast.AnnAssign))
-    ]
-    return {target.id: comments.get(line, '') for target, line in reversed(assigned) if isinstance(target, ast.Name)}
+    comments = {}
+    for node in nodes:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if isinstance(target, ast.Name):
+                comments.setdefault(target.id, lines.get(node.end_lineno, ''))
+    return comments

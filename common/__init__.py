@@ -1,1 +1,1 @@
-"""What every script uses and no GPT is in: it imports nothing from the folder above."""
+"""Plumbing of the scripts: it imports nothing from the folder above."""

@@ -1,20 +1,22 @@
-"""Where a run happens: device, precision, ranks, seeds, compilation, signals, and what the device could do at best."""
+"""Device set-up, precision, seeds, compilation, a stopwatch, and peak FLOPS by device name."""
 
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+from common.distributed import Ranks
 from common.errors import UserError, one_line, warn
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# Peak dense TFLOP/s by device name, from the makers' data sheets: (bfloat16 or float16, float32 by way of TF32 where the
-# device has it). A name counts where it stands as whole words in the device's own name, and the longest such does; a device of
-# a VARIANT that is not in the table is another one.
+# Peak dense TFLOP/s by device name, from the data sheets: (bfloat16 and float16, float32 or TF32 if the device has it).
+# The longest name that occurs as whole words in the device's own name applies; a device with a word of VARIANTS in its
+# name is slower or faster than that, so its peak is unknown.
 PEAK_TFLOPS = {
     'B200': (2250, 1125),
     'GH200': (989, 494),
@@ -43,14 +45,24 @@ VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
 # --- device and precision ---------------------------------------------------------------------------------------------
 
 
-def pick_device(name, ranks=None):
-    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> torch.device; plain 'cuda' is this rank's own GPU.
+def set_up_device(device: str, dtype: str, ranks: Ranks | None = None) -> tuple[torch.device, torch.dtype]:
+    """Prepare the device of --device= and the dtype of --dtype= -> both as torch has them.
 
-    Raises UserError for a device that torch does not know or that this machine does not have.
+    Selects the GPU and allows TF32 for the whole process. UserError as pick_device and pick_dtype.
+    """
+    device = pick_device(device, ranks)
+    use_fast_float32(device)
+    return device, pick_dtype(dtype, device)
+
+
+def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The torch.device for 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'; plain 'cuda' is the GPU of this rank.
+
+    Makes a CUDA device the current one. UserError for a device that torch does not know or this machine does not have.
     """
     several = ranks is not None and ranks.world_size > 1
     if name == 'auto':
-        mps = torch.backends.mps.is_available() and not several  # no backend connects ranks on it
+        mps = torch.backends.mps.is_available() and not several  # torch.distributed has no backend for MPS
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         device = torch.device(name)
@@ -60,25 +72,24 @@ def pick_device(name, ranks=None):
         raise UserError(f'--device={name}: not supported; use auto, cpu, cuda, cuda:N or mps')
     if several and (device.type == 'mps' or device.index is not None):
         raise UserError(f'--device={name}: cannot be shared by several ranks; use auto, cpu or cuda')
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError('--device=mps: torch sees no Apple GPU here; use --device=auto or --device=cpu')
     if device.type == 'cuda':
-        index = device.index if device.index is not None else ranks.local_rank if ranks else 0
         if not torch.cuda.is_available():
-            raise UserError(
-                f'--device={name}: torch {torch.__version__} sees no CUDA device here; use --device=auto or --device=cpu'
-            )
+            seen = f'torch {torch.__version__} sees no CUDA device here'
+            raise UserError(f'--device={name}: {seen}; use --device=auto or --device=cpu')
+        index = device.index if device.index is not None else ranks.local_rank if ranks else 0
         if index >= torch.cuda.device_count():
             raise UserError(f'--device={name}: there is no GPU {index}, this machine has {torch.cuda.device_count()}')
         device = torch.device('cuda', index)
         torch.cuda.set_device(device)
-    elif device.type == 'mps' and not torch.backends.mps.is_available():
-        raise UserError('--device=mps: torch sees no Apple GPU here; use --device=auto or --device=cpu')
     return device
 
 
-def pick_dtype(name, device):
-    """'auto', 'float32', 'bfloat16' or 'float16' -> the torch.dtype that matrix products run in. UserError for any other.
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for 'auto', 'float32', 'bfloat16' or 'float16'. UserError for any other name.
 
-    'auto' is bfloat16 on CUDA devices that have it in hardware, float16 on older ones, float32 elsewhere.
+    'auto' is bfloat16 on CUDA devices with hardware support for it, float16 on older ones, float32 elsewhere.
     """
     if name == 'auto':
         if device.type != 'cuda':
@@ -91,40 +102,40 @@ def pick_dtype(name, device):
     return DTYPES[name]
 
 
-def autocast(device, dtype):
-    """A context in which matrix products run in dtype while weights and sums stay in float32."""
+def use_fast_float32(device: torch.device):
+    """Allow TF32 in float32 matrix products on CUDA: several times faster, but the factors keep 10 bits of mantissa."""
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """A context in which matrix products run in dtype; weights and sums stay in float32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.amp.autocast(device_type=device.type, dtype=dtype)
 
 
-def peak_flops(device, dtype):
-    """FLOP/s that the device reaches at best in dense matrix products of this dtype; None where it is not in the table."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of the device in dense matrix products of this dtype; None if unknown."""
     if device.type != 'cuda':
         return None
     return named_peak_flops(torch.cuda.get_device_name(device), dtype)
 
 
-def named_peak_flops(name, dtype):
-    """peak_flops by the name that CUDA gives a device, such as 'NVIDIA H100 80GB HBM3'."""
+def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """peak_flops of a device that CUDA calls `name`, such as 'NVIDIA H100 80GB HBM3'."""
     matches = [known for known in PEAK_TFLOPS if re.search(rf'(?<![A-Za-z0-9]){known}(?![A-Za-z0-9])', name)]
-    known = max(matches, key=len, default=None)
-    if (
-        known is None or VARIANTS.search(name) or (known in ('V100', 'T4') and dtype == torch.bfloat16)
-    ):  # those emulate bfloat16
+    if not matches or VARIANTS.search(name):
+        return None
+    known = max(matches, key=len)
+    if known in ('V100', 'T4') and dtype == torch.bfloat16:  # emulated there
         return None
     half, single = PEAK_TFLOPS[known]
     return 1e12 * (single if dtype == torch.float32 else half)
 
 
-def use_fast_float32(device):
-    """Let float32 matrix products on CUDA use TF32: several times faster, with 10 bits of mantissa in the factors."""
-    if device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')
-
-
-def peak_memory(device):
-    """Most memory this process has held, bytes: allocated on a CUDA device, resident on the host otherwise; None if nobody knows."""
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory of this process in bytes: allocated on a CUDA device, else resident on the host; None on Windows."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -135,8 +146,8 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def synchronize(device):
-    """Wait until the device has done all it was given."""
+def synchronize(device: torch.device):
+    """Wait until the device has finished all queued work."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     elif device.type == 'mps':
@@ -146,11 +157,11 @@ def synchronize(device):
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
-def seed_all(*key):
-    """Seed torch's generators on every device from a key of integers, such as (seed, step, micro-batch).
+def seed_all(*key: int):
+    """Seed torch's generators on all devices from several integers, such as (seed, step, micro-batch).
 
-    What is drawn after it is a function of the key alone: a run that seeds so at every micro-batch has no random state to
-    save, continues exactly wherever it is resumed, and draws the same on any number of ranks.
+    Seeding at every micro-batch makes its random numbers a function of the integers alone: there is no random state to
+    save, a resumed run continues exactly, and the number of ranks does not matter.
     """
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
@@ -158,15 +169,16 @@ def seed_all(*key):
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def compile_or_stay_eager(model, trial, **options):
-    """Compile the model in place if a trial run then works, else leave it as it is, after one line of warning -> did it work?
+def compile_or_stay_eager(model: torch.nn.Module, trial: Callable[[], object], **options) -> bool:
+    """Compile the model in place and run trial(); if that fails, warn and undo the compilation. True if it worked.
 
-    Compilation is lazy: only a trial shows whether this machine has what it needs (a C++ compiler, Triton, a new enough
-    Python). trial() must call the model as it is going to be used. Compiled in place, the model keeps its parameters' names.
+    trial: calls the model as it will be used. torch.compile is lazy, so only a call shows whether this machine has
+        what it needs: a C++ compiler, Triton, a supported Python.
+    options: of torch.compile.
     """
     if torch.__version__.startswith('2.6.') and model.training and next(model.parameters()).device.type == 'cpu':
         warn(
-            'torch 2.6 compiles a wrong gradient of the embedding on CPUs, going on without; a newer torch does it right'
+            'torch 2.6 compiles a wrong embedding gradient on CPUs, continuing without compilation; newer versions work'
         )
         return False
     try:
@@ -175,42 +187,44 @@ def compile_or_stay_eager(model, trial, **options):
         return True
     except (torch.OutOfMemoryError, UserError):
         raise
-    except Exception as error:  # of any kind: it comes from compilers, linkers, drivers
-        warn(
-            f'torch.compile does not work here, going on without ({type(error).__name__}: {one_line(str(error), 150)})'
-        )
-        model._compiled_call_impl = (
-            None  # where Module.compile() keeps its work; there is no public way to take it back
-        )
+    except Exception as error:  # compilers, linkers and drivers raise anything
+        cause = f'{type(error).__name__}: {one_line(str(error), 150)}'
+        warn(f'torch.compile does not work here, continuing without ({cause})')
+        model._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
         model.zero_grad(set_to_none=True)
         return False
 
 
-def decoding_options(device):
-    """Options of torch.compile for drawing a token at a time: nothing changes shape, so on CUDA the whole step becomes one graph."""
+def decoding_options(device: torch.device) -> dict:
+    """Options of torch.compile for decoding one token at a time: shapes are fixed, so CUDA runs a step as one graph."""
     return {'dynamic': False, 'mode': 'reduce-overhead' if device.type == 'cuda' else 'default'}
 
 
-class Stopwatch:
-    """Where the time goes: lap(name) adds the time since the last lap to `name`. Wall-clock seconds in `seconds`.
+# --- time -------------------------------------------------------------------------------------------------------------
 
-    On an accelerator work is queued, so that a lap shows what the host waited for, not what the device did meanwhile.
+
+class Stopwatch:
+    """Wall-clock seconds by kind of work: lap(name) adds the time since the last lap to seconds[name].
+
+    Accelerators queue their work, so a lap shows how long the host waited, not what the device did meanwhile.
     """
 
     def __init__(self):
-        self.seconds, self.laps = {}, {}
+        self.seconds = {}
+        self.laps = {}
         self.last = time.perf_counter()
 
-    def lap(self, name):
+    def lap(self, name: str):
+        """Add the time since the last lap to `name`."""
         now = time.perf_counter()
-        elapsed, self.last = now - self.last, now
-        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.laps[name] = self.laps.get(name, 0) + 1
+        self.last = now
 
-    def total(self, *names):
-        """Seconds of all the named laps together."""
+    def total(self, *names: str) -> float:
+        """Seconds of all laps of these names together."""
         return sum(self.seconds.get(name, 0.0) for name in names)
 
-    def mean(self, *names):
-        """Seconds that a lap of each of these takes on average, together."""
+    def mean(self, *names: str) -> float:
+        """Mean seconds of a lap, summed over these names."""
         return sum(self.seconds[name] / self.laps[name] for name in names if name in self.laps)

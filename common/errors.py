@@ -1,31 +1,30 @@
-"""A person's mistakes as one line and exit status 2, a bug with its traceback; and output that nobody reads any more."""
+"""Errors and output: a user's mistake is one line and exit status 2, a bug keeps its traceback, one rank prints."""
 
 import atexit
 import errno
 import os
+import re
 import sys
 from contextlib import contextmanager
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-
-READER_GONE = {errno.EPIPE, errno.EIO} | (
-    {errno.EINVAL} if sys.platform == 'win32' else set()
-)  # of a pipe or of a closed terminal
-
-ends_at_once = False  # see leave_at_once
+# Error numbers of writing to a pipe that nobody reads, or to a closed terminal
+READER_GONE = {errno.EPIPE, errno.EIO} | ({errno.EINVAL} if sys.platform == 'win32' else set())
+OUTSIDE = ('errors.py', 'configurator.py')  # turn exceptions into errors, and are never the place of a mistake
+NO_MEMORY = re.compile('out of memory|DefaultCPUAllocator')  # in the messages of CUDA and of torch on the CPU
 
 
 class UserError(Exception):
-    """A person's mistake. Uncaught, it ends the script with one line on standard error and exit status 2.
+    """A user's mistake. Uncaught, it ends the script with one line on standard error and exit status 2.
 
-    The message says what is wrong, where, and what to do. A bug raises anything else and keeps its traceback.
+    The message says what is wrong, where, and what to do. A bug raises any other exception and keeps its traceback.
     """
 
 
 @contextmanager
-def user_errors(*kinds, where=''):
-    """Turn exceptions of the given kinds, raised in the block, into UserError; `where` leads the message."""
+def user_errors(*kinds: type[Exception], where: str = ''):
+    """Turn exceptions of the given kinds, raised in the block, into UserError; `where` starts the message."""
     try:
         yield
     except kinds as error:
@@ -33,14 +32,24 @@ def user_errors(*kinds, where=''):
         raise UserError(where + one_line(text)) from error
 
 
-def one_line(text, limit=300):
+def one_line(text: str, limit: int = 300) -> str:
     """The text on one line, cut to `limit` characters."""
     text = ' '.join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def is_main_rank() -> bool:
+    """True on rank 0, and in a process that torchrun did not start."""
+    return os.environ.get('RANK', '0') == '0'
+
+
 def say(*words, file=None):
-    """Print a line at once. That nobody reads it any more, as when the terminal was closed, is no reason to stop."""
+    """Print a line at once, on the main rank only. Ignores a closed pipe or terminal."""
+    if not is_main_rank():
+        return
     file = file or sys.stdout
     try:
         print(*words, file=file, flush=True)
@@ -50,99 +59,98 @@ def say(*words, file=None):
         silence(file)
 
 
-def warn(text):
-    """Print one line of warning on standard error."""
+def warn(text: str):
+    """Print one line of warning on standard error, on the main rank only."""
     say(f'warning: {one_line(text, 500)}', file=sys.stderr)
 
 
 def silence(stream):
-    """Let what is still written to a stream go nowhere."""
+    """Redirect a stream to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def flush_output():
-    """At exit: write out what is left for standard output; that nobody reads it, or there is no room for it, is no crash."""
+    """Flush standard output. A reader that has gone is ignored; a full disk is one line and exit status 2."""
     try:
         if sys.stdout:
             sys.stdout.flush()
     except OSError as error:
-        silence(sys.stdout)  # the interpreter tries again
+        silence(sys.stdout)  # the interpreter flushes again at exit
         if error.errno == errno.ENOSPC:
             print('error: cannot write the output: No space left on device', file=sys.stderr)
             os._exit(2)
 
 
-def leave_at_once():
-    """From now on, end without the interpreter's clean-up: threads that a library has left behind can hang or abort in it."""
-    global ends_at_once
-    if not ends_at_once:
-        ends_at_once = True
-        atexit.register(leave, 0)
+# --- the end of the process -------------------------------------------------------------------------------------------
 
 
-def leave(status):
-    """End with this exit status; see leave_at_once."""
-    if ends_at_once:
-        flush_output()
+def install_error_handling():
+    """Report uncaught exceptions with report_uncaught, and let no output error end the process with a traceback."""
+    sys.excepthook = report_uncaught
+    atexit.register(flush_output)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # a character that the terminal lacks is shown as \u1234
+
+
+def leave(status: int = 0):
+    """End the process with this exit status.
+
+    With several ranks, or after streaming with the `datasets` library, this calls the atexit handlers but skips the
+    rest of the interpreter's clean-up: threads of gloo, or of a stream that was not read to its end, sometimes abort
+    the process there.
+    """
+    if os.environ.get('WORLD_SIZE', '1') == '1' and 'datasets' not in sys.modules:
+        sys.exit(status)
+    atexit._run_exitfuncs()  # has no public name; multiprocessing calls it for the same purpose
+    if sys.stderr:
         sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 def report_uncaught(kind, error, traceback):
-    """sys.excepthook: a UserError, no more memory, or a lost rank is one line and exit status 2; the rest keeps its traceback.
+    """sys.excepthook: a user's mistake, a lack of memory or disk and a lost rank are one line; a bug is a traceback.
 
-    A line that another exception was turned into ends with its place in the project: people change this code, and what looks like a
-    mistake in a file or a setting may be one in theirs. SAMGPT_TRACEBACK=1 shows all of it.
+    A line that stands for another exception ends with the place in this project that raised it, such as [model.py:120]:
+    people edit this code, so the cause may be an edit, not a file or a setting. SAMGPT_TRACEBACK=1 adds the traceback.
     """
     if kind is KeyboardInterrupt:
-        leave(130)  # the shell's status for a program that Ctrl-C ended
-    if kind is BrokenPipeError:  # who reads our output has read enough
+        leave(130)  # 128 + SIGINT, as the shell reports it
+    if kind is BrokenPipeError:  # the reader of our output has closed it, as `head` does
         silence(sys.stdout)
-        leave(141)
-    text, place = str(error), ''
-    if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
-        text = f'{error.filename or "the output"}: {error.strerror}; free some and try again'
-    elif (
-        issubclass(kind, MemoryError)
-        or issubclass(kind, RuntimeError)
-        and ('out of memory' in text or 'DefaultCPUAllocator' in text)
-    ):
+        leave(141)  # 128 + SIGPIPE
+    text, raised = str(error), error  # raised: the exception whose place is shown, None for no place
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f'{error.filename or "the output"}: {error.strerror}; free some space and try again'
+        raised = None
+    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
         text = (
-            f'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
+            'out of memory: lower --batch_size (and raise --gradient_accumulation_steps to keep the global batch), '
             f'--num_samples, --max_new_tokens, --block_size or the size of the model ({one_line(text, 120)})'
         )
-        place = place_in_project(traceback)
-    elif kind.__name__.startswith('Dist') or 'gloo' in text and issubclass(kind, RuntimeError):
-        text = f'the connection to another rank was lost; if that one has ended, its own line says why ({one_line(text, 120)})'
-        place = place_in_project(traceback)
-    elif not issubclass(kind, UserError):
+    elif kind.__name__.startswith('Dist') or isinstance(error, RuntimeError) and 'gloo' in text:
+        text = f'the connection to another rank was lost; its own error, if any, is the cause ({one_line(text, 120)})'
+    elif isinstance(error, UserError):
+        raised = error.__cause__
+        if isinstance(raised, (OSError, UnicodeError, ImportError)):
+            raised = None  # the message names the file or the package
+    else:
         sys.__excepthook__(kind, error, traceback)
-        if ends_at_once:
-            leave(1)
-        return
-    elif error.__cause__ and not isinstance(error.__cause__, (OSError, UnicodeError, ImportError)):
-        place = place_in_project(error.__cause__.__traceback__)
+        leave(1)
     if os.environ.get('SAMGPT_TRACEBACK', '0') not in ('', '0'):
         sys.__excepthook__(kind, error, traceback)
-    rank = os.environ.get('RANK', '0')
-    print(
-        'error: ' if rank == '0' else f'error (rank {rank}): ',
-        one_line(text, limit=2000),
-        place,
-        sep='',
-        file=sys.stderr,
-        flush=True,
-    )
-    leave(2)  # raised inside the hook, this sets the exit status and still runs the atexit handlers
+    prefix = 'error: ' if is_main_rank() else f'error (rank {os.environ["RANK"]}): '
+    place = place_in_project(raised.__traceback__) if raised else ''
+    print(prefix + one_line(text, limit=2000) + place, file=sys.stderr, flush=True)
+    leave(2)  # sys.exit inside the hook sets the exit status
 
 
-def place_in_project(traceback):
-    """The last file and line of the project that a traceback goes through -> ' [model.py:120]', or '' if there is none."""
+def place_in_project(traceback) -> str:
+    """The last file and line of this project in a traceback, as ' [model.py:120]'; '' if there is none."""
     place = ''
     while traceback:
         path = traceback.tb_frame.f_code.co_filename
-        if path.startswith(ROOT + os.sep) and path != __file__ and 'site-packages' not in path:
+        if path.startswith(ROOT + os.sep) and os.path.basename(path) not in OUTSIDE and 'site-packages' not in path:
             place = f' [{os.path.relpath(path, ROOT)}:{traceback.tb_lineno}]'
         traceback = traceback.tb_next
     return place

@@ -1,4 +1,4 @@
-"""Settings: order, types, names, help; and what becomes of an error."""
+"""Settings: order, types, names, help; and how an error is reported."""
 
 import os
 import shutil
@@ -14,16 +14,8 @@ from model import GPTConfig
 
 
 def settings():
-    return {
-        'rate': 1e-3,
-        'steps': 10,
-        'name': 'x',
-        'flag': False,
-        'maybe': None,
-        '_hidden': 3,
-        'module': pytest,
-        '__file__': __file__,
-    }
+    values = {'rate': 1e-3, 'steps': 10, 'name': 'x', 'flag': False, 'maybe': None}
+    return {**values, '_hidden': 3, 'module': pytest, '__file__': __file__}
 
 
 def test_order_is_left_to_right(tmp_path):
@@ -38,20 +30,16 @@ def test_order_is_left_to_right(tmp_path):
 
 def test_widenings():
     config = configure(settings(), ['--rate=1', '--name=12', '--maybe=a=b', '--flag=True'])
-    assert (
-        type(config['rate']) is float and config['name'] == '12' and config['maybe'] == 'a=b' and config['flag'] is True
-    )
+    assert config == {'rate': 1.0, 'steps': 10, 'name': '12', 'flag': True, 'maybe': 'a=b'}
+    assert type(config['rate']) is float and config['flag'] is True
     assert configure(settings(), ['--name=a=b'])['name'] == 'a=b'
     assert configure(settings(), ['--maybe=3'])['maybe'] == 3
 
 
 def test_config_file_is_python(tmp_path):
     file = tmp_path / 'c.py'
-    file.write_text(
-        'import os\nfrom math import sqrt\n_k = 2\nsteps = sum(_k * i for i in range(4)) + steps\n'
-        'name = os.path.join("ä", "b")\n',
-        encoding='utf-8',
-    )
+    text = 'import os\nfrom math import sqrt\n_k = 2\nsteps = sum(_k * i for i in range(4)) + steps\n'
+    file.write_text(text + 'name = os.path.join("ä", "b")\n', encoding='utf-8')
     config = configure(settings(), [str(file)])
     assert config['steps'] == 22 and config['name'] == 'ä/b'
 
@@ -106,7 +94,7 @@ def test_help_explains_every_setting(script, tmp_path):
 
 @pytest.mark.parametrize('path', sorted((REPO / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_every_recipe_is_accepted(path):
-    """Against train.py's own defaults, read without running it, and by bench.py, which has other settings of its own."""
+    """With train.py's own defaults, read without running it, and by bench.py, which has other settings."""
     train = {'__file__': str(REPO / 'train.py'), **read_settings(REPO / 'train.py')}
     config = configure(train, [str(path)], fields=GPTConfig)
     assert config.given
@@ -115,7 +103,7 @@ def test_every_recipe_is_accepted(path):
 
 
 def test_texts_add_up(tmp_path):
-    """A tuple of texts grows by one with each --key=text, an empty one empties it; a config file replaces it."""
+    """Each --key=text appends to a tuple of strings, an empty text empties it; a config file replaces it."""
     path = tmp_path / 'config.py'
     path.write_text("stop = ['c', '']", encoding='utf-8')
     settings = lambda: {'stop': (), 'other': 1}  # noqa: E731
@@ -123,11 +111,11 @@ def test_texts_add_up(tmp_path):
     assert configure(settings(), ['--stop=a', str(path), '--stop=d'])['stop'] == ('c', 'd')
     assert configure(settings(), ['--stop=a', '--stop='])['stop'] == ()
     path.write_text('stop = 1', encoding='utf-8')
-    with pytest.raises(UserError, match='stop must be a tuple of texts, not 1'):
+    with pytest.raises(UserError, match='stop must be a tuple of strings, not 1'):
         configure(settings(), [str(path)])
 
 
-# --- what a config file may do ------------------------------------------------------------------------------------------
+# --- what a config file may do ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -138,25 +126,21 @@ def test_texts_add_up(tmp_path):
         'import base\nsteps, name = base.steps, base.name',
         "globals().update(steps=20, name='b')",
         "for _k, _v in {'steps': 20, 'name': 'b'}.items(): globals()[_k] = _v",
-        "import runpy\nglobals().update({k: v for k, v in runpy.run_path(FOLDER + '/base.py').items() if k in ('steps', 'name')})",
+        "import runpy\n_b = runpy.run_path(FOLDER + '/base.py')\nglobals().update(steps=_b['steps'], name=_b['name'])",
         "def _use():\n    global steps, name\n    steps, name = 20, 'b'\n_use()",
         'import base as _b\nvars().update(vars(_b))',
         "class _Base:\n    steps = 20\nsteps = _Base.steps\nname = [c for c in 'ab'][1]",
     ],
 )
-def test_whatever_is_assigned_counts(tmp_path, monkeypatch, text):
-    """By which way ever a setting got its value, it has it, and counts as given."""
+def test_every_way_of_assigning_counts(tmp_path, monkeypatch, text):
+    """The setting has its value, and counts as given."""
     monkeypatch.delitem(sys.modules, 'base', raising=False)
     (tmp_path / 'base.py').write_text("steps = 20\nname = 'b'\n")
-    (tmp_path / 'c.py').write_text(
-        f'_k = FOLDER = {str(tmp_path)!r}\n{text}\nrate = 0.5\n'.replace('FOLDER', '_FOLDER')
-    )
+    program = f'_k = FOLDER = {str(tmp_path)!r}\n{text}\nrate = 0.5\n'.replace('FOLDER', '_FOLDER')
+    (tmp_path / 'c.py').write_text(program)
     config = configure(settings(), [str(tmp_path / 'c.py')])
-    assert (config['steps'], config['name'], config['rate']) == (20, 'b', 0.5) and config.given == {
-        'steps',
-        'name',
-        'rate',
-    }
+    assert (config['steps'], config['name'], config['rate']) == (20, 'b', 0.5)
+    assert config.given == {'steps', 'name', 'rate'}
     assert str(tmp_path) not in sys.path
 
 
@@ -195,11 +179,11 @@ def test_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('USERPROFILE', str(tmp_path))
     assert configure(settings(), ['--name=~/a'], paths=('name',))['name'] == str(tmp_path) + '/a'
-    assert configure(settings(), ['--name=~/a'])['name'] == '~/a', 'what is no path stays as it is'
+    assert configure(settings(), ['--name=~/a'])['name'] == '~/a', 'only paths change'
 
 
 def test_fields_of_a_dataclass_are_settings(capsys):
-    """With the comments of their source, unless the script lists them itself."""
+    """With the comments of their source; a setting of the script itself comes first."""
     own = {'n_layer': 3, '__file__': __file__}
     config = configure(own, ['--pos=rope'], fields=GPTConfig)
     assert config['n_layer'] == own['n_layer'] == 3 and own['pos'] == 'rope' and config['qk_norm'] is False
@@ -208,35 +192,30 @@ def test_fields_of_a_dataclass_are_settings(capsys):
     assert "--pos='learned'" in (text := capsys.readouterr().out) and 'one of POSITIONS' in text
 
 
-# --- what is left of an error -------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_one_line_keeps_its_place(tmp_path):
-    """What was turned into one line, and running out of memory, name the last file and line of the project; a plain mistake does not."""
+    """A converted exception and lack of memory name the last file and line of the project, a UserError does not."""
     shutil.copy(REPO / 'configurator.py', tmp_path)
     shutil.copytree(REPO / 'common', tmp_path / 'common')
     (tmp_path / 'deep.py').write_text('\n\ndef work(kind):\n    raise kind("broken")\n')
     (tmp_path / 'script.py').write_text(
-        'from common.errors import UserError, user_errors\nfrom configurator import configure\nfrom deep import work\nkind = ""\n'
+        'from common.errors import UserError, user_errors\nfrom configurator import configure\n'
+        'from deep import work\nkind = ""\n'
         'configure(globals())\nif kind == "plain":\n    raise UserError("plain")\n'
         'kinds = dict(value=ValueError, memory=MemoryError, file=FileNotFoundError)\n'
         'with user_errors(ValueError, OSError, where="turned: "):\n    work(kinds[kind])\n'
     )
 
     def error(kind, **extra):
-        result = subprocess.run(
-            [sys.executable, 'script.py', f'--kind={kind}'],
-            cwd=tmp_path,
-            env=environment(**extra),
-            capture_output=True,
-            text=True,
-        )
+        command, env = [sys.executable, 'script.py', f'--kind={kind}'], environment(**extra)
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert result.returncode == 2
         return result.stderr
 
     assert error('value') == 'error: turned: broken [deep.py:4]\n'
     assert error('memory').startswith('error: out of memory: ') and error('memory').endswith(' [deep.py:4]\n')
     assert error('plain') == 'error: plain\n' and error('file') == 'error: turned: broken\n'
-    assert 'Traceback' in (whole := error('value', SAMGPT_TRACEBACK='1')) and whole.endswith(
-        '\nerror: turned: broken [deep.py:4]\n'
-    )
+    full = error('value', SAMGPT_TRACEBACK='1')
+    assert 'Traceback' in full and full.endswith('\nerror: turned: broken [deep.py:4]\n')

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, folders that one process holds; also on file systems and systems that lack what Linux has."""
+"""Atomic file writing and folder locks, also on file systems and operating systems that lack features of Linux."""
 
 import builtins
 import errno
@@ -28,7 +28,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
 
 @pytest.mark.parametrize('fails', ['open', 'fsync'])
 def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, fails):
-    """As on Windows, which does not open folders, and on CIFS and some FUSE, which do not flush them."""
+    """As on Windows, which cannot open folders, and on CIFS and some FUSE file systems, which cannot flush them."""
     real_open, real_fsync = os.open, os.fsync
 
     def no_open(path, *rest, **more):
@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, fails):
 
 
 def test_a_file_that_somebody_reads_on_windows(tmp_path, monkeypatch):
-    """It cannot be replaced just then: the save waits for the reader, and fails only if that never ends. Elsewhere it fails at once."""
+    """It cannot be replaced: the save waits for the reader, but not forever. Elsewhere it fails at once."""
     real, refusals = os.replace, iter([True, True, False])
 
     def replace(part, path):
@@ -68,17 +68,19 @@ def test_a_file_that_somebody_reads_on_windows(tmp_path, monkeypatch):
         files.replace(str(tmp_path / 'a'), str(tmp_path / 'b'))
 
 
-HOLD = 'import sys, time; from common import files; print(files.lock_folder(sys.argv[1]), files.lock_folder(sys.argv[1]), flush=True); time.sleep(60)'
+HOLD = """
+import sys, time
+from common import errors, files
+print(files.lock_folder(sys.argv[1]), files.lock_folder(sys.argv[1]), flush=True)
+time.sleep(60)
+"""
 
 
 def test_one_process_holds_a_folder(tmp_path):
-    """Killed, it holds it no more, though its file is left; at a proper end that goes too."""
-    process = subprocess.Popen(
-        [sys.executable, '-c', HOLD, str(tmp_path)],
-        env=environment(PYTHONPATH=str(REPO)),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    """A killed process releases the lock, but leaves the file; a process that ends by itself removes the file too."""
+    env = environment(PYTHONPATH=str(REPO))
+    command = [sys.executable, '-c', HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'True True\n'
     assert not files.lock_folder(str(tmp_path))
     process.kill()
@@ -91,17 +93,22 @@ def test_one_process_holds_a_folder(tmp_path):
     assert os.listdir(tmp_path) == []
     files.held.clear()
     program = HOLD.replace('time.sleep(60)', 'sys.exit()')
-    subprocess.run(
-        [sys.executable, '-c', program, str(tmp_path)],
-        env=environment(PYTHONPATH=str(REPO)),
-        check=True,
-        capture_output=True,
-    )
+    subprocess.run([sys.executable, '-c', program, str(tmp_path)], env=env, check=True, capture_output=True)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('world_size', ['1', '2'])
+def test_leaving_removes_locks(tmp_path, world_size):
+    """On one rank through the interpreter's clean-up, on several without it; in both cases the output is complete."""
+    program = HOLD.replace('time.sleep(60)', 'print("end", end="")\nerrors.leave(3)')
+    env = environment(PYTHONPATH=str(REPO), WORLD_SIZE=world_size)
+    result = subprocess.run([sys.executable, '-c', program, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (3, 'True True\nend', '')
     assert os.listdir(tmp_path) == []
 
 
 def test_locks_of_windows(tmp_path, monkeypatch):
-    """By its own module, whose error for a lock that is taken is another."""
+    """Another module, which raises another error if the lock is taken."""
     taken = set()
 
     def locking(handle, mode, n):
@@ -119,7 +126,7 @@ def test_locks_of_windows(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_numbers_files_anew(tmp_path, monkeypatch):
-    """Which makes an open file look like another one: the folder is held all the same."""
+    """An open file looks like another one: the folder is locked all the same."""
     monkeypatch.setattr(files, 'held', {})
     monkeypatch.setattr(os.path, 'samestat', lambda *_: False)
     assert files.lock_folder(str(tmp_path)) and files.held
@@ -135,7 +142,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('number', [errno.EPIPE, errno.EIO])
 def test_saying_something_to_nobody(number, monkeypatch, tmp_path):
-    """A reader that has gone, and a terminal that was closed: what is said then and later goes nowhere."""
+    """To a pipe without a reader, or a closed terminal: the output is lost then and later, without an error."""
     real = builtins.print
 
     def broken(*words, **options):
@@ -153,20 +160,17 @@ def test_saying_something_to_nobody(number, monkeypatch, tmp_path):
 
 
 def test_without_what_windows_lacks(tmp_path):
-    """No signals but two, no module resource, no sched_getaffinity: the modules load, and do without."""
+    """Only two signals, no module resource, no sched_getaffinity: the modules load and do without."""
     program = (
         "import os, signal, sys\nfor name in ('SIGHUP', 'SIGUSR1', 'SIGKILL'):\n    delattr(signal, name)\n"
         "for name in ('fork', 'sched_getaffinity', 'getuid'):\n    delattr(os, name)\n"
         "sys.modules.update(dict.fromkeys(('resource', 'fcntl', 'termios'), None))\n"
         'import torch, data.worker, data.pipeline\n'
         'from common import checkpoint, device, distributed, files, tracking\n'
-        "stop = distributed.StopSignal()\nprint(device.peak_memory(torch.device('cpu')), [s.name for s in stop.SIGNALS])\n"
+        'stop = distributed.StopSignal()\n'
+        "print(device.peak_memory(torch.device('cpu')), [s.name for s in stop.SIGNALS])\n"
         'print(files.lock_folder(sys.argv[1]))\n'
     )
-    result = subprocess.run(
-        [sys.executable, '-c', program, str(tmp_path)],
-        env=environment(PYTHONPATH=str(REPO)),
-        capture_output=True,
-        text=True,
-    )
+    env = environment(PYTHONPATH=str(REPO))
+    result = subprocess.run([sys.executable, '-c', program, str(tmp_path)], env=env, capture_output=True, text=True)
     assert result.stdout.splitlines() == ["None ['SIGINT', 'SIGTERM']", 'True'], result.stderr

@@ -1,4 +1,4 @@
-"""Schedule, groups, AdamW and the state it leaves."""
+"""Schedule, parameter groups, AdamW, Muon, and optimizer state that is saved and loaded."""
 
 import copy
 import subprocess
@@ -30,20 +30,10 @@ def tiny_model(n_layer=2):
 
 
 def optimizer_of(model, learning_rate, weight_decay, betas, kind='adamw', muon_learning_rate=0.02, ranks=ALONE):
-    """make_optimizer, by its main settings."""
-    return make_optimizer(
-        model,
-        dict(
-            optimizer=kind,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            beta1=betas[0],
-            beta2=betas[1],
-            muon_learning_rate=muon_learning_rate,
-            muon_momentum=0.95,
-        ),
-        ranks,
-    )
+    """make_optimizer with these settings."""
+    config = {'optimizer': kind, 'learning_rate': learning_rate, 'weight_decay': weight_decay}
+    config.update(beta1=betas[0], beta2=betas[1], muon_learning_rate=muon_learning_rate, muon_momentum=0.95)
+    return make_optimizer(model, config, ranks)
 
 
 def parameters(optimizer):
@@ -55,9 +45,7 @@ def test_schedule():
     assert rate[0] == pytest.approx(1 / 11) and rate[9] == pytest.approx(10 / 11) and rate[10] == 1.0
     assert rate[55] == pytest.approx(0.55) and rate[100] == rate[129] == 0.1
     assert all(a <= b for a, b in zip(rate[:10], rate[1:11])) and all(a >= b for a, b in zip(rate[10:], rate[11:]))
-    assert (
-        learning_rate_at(5, 1.0, 0.1, 10, 10) < 1 and learning_rate_at(10, 1.0, 0.1, 10, 10) == 0.1
-    )  # no cosine at all
+    assert learning_rate_at(5, 1.0, 0.1, 10, 10) < 1 and learning_rate_at(10, 1.0, 0.1, 10, 10) == 0.1  # no decay
     assert learning_rate_at(3, 1.0, 0.1, 0, 0) == 0.1
 
 
@@ -101,12 +89,8 @@ def test_bits_and_state_are_those_of_torch():
     ours, theirs = tiny_model(), tiny_model()
     optimizer = optimizer_of(ours, 1e-2, 0.1, (0.9, 0.95))
     groups = [[p for p in theirs.parameters() if p.dim() >= 2], [p for p in theirs.parameters() if p.dim() < 2]]
-    reference = torch.optim.AdamW(
-        [{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))],
-        lr=1e-2,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    groups = [{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (0.1, 0.0))]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
 
     def step(model, optimizer, seed):
         ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed))
@@ -143,8 +127,8 @@ def test_loaded_state_keeps_this_runs_hyperparameters():
         load_optimizer_state(optimizer_of(tiny_model(3), 1e-3, 0.1, (0.9, 0.95)), old.state_dict())
 
 
-def test_skipped_updates_change_nothing():
-    """With skip, not even gradients that are no numbers leave a trace; without, the update is the same as if there were no skip."""
+def test_skipped_steps_change_nothing():
+    """With skip, not even NaN or infinite gradients change anything; without, the step is an ordinary one."""
     for kind in ('adamw', 'muon'):
         one, two = (optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95), kind, ranks=Ranks()) for _ in range(2))
         for gradient in (0.1, float('nan'), -0.2, float('inf')):
@@ -160,7 +144,7 @@ def test_skipped_updates_change_nothing():
 
 
 def test_skipping_on_a_device_that_is_not_waited_for():
-    """On a CPU a skipped update ends at once; elsewhere it is computed, and comes to nothing. Here too, with found_inf."""
+    """On CUDA a skipped step is computed and changes nothing; so it is here, with found_inf set by hand."""
     optimizer = optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95), 'muon')
     reference = optimizer_of(tiny_model(), 1e-2, 0.1, (0.9, 0.95), 'muon')
     for gradient, skip in ((0.1, False), (float('nan'), True), (-0.2, False), (float('inf'), True)):
@@ -177,7 +161,7 @@ def test_skipping_on_a_device_that_is_not_waited_for():
 
 
 def test_orthogonalize():
-    """The singular vectors of the singular value decomposition, and singular values near 1; the same alone and in a stack."""
+    """The singular vectors of torch's decomposition, with singular values near 1; the same alone and in a stack."""
     torch.manual_seed(0)
     stack = torch.randn(5, 24, 40, dtype=torch.float64)
     out = orthogonalize(stack, torch.float64)
@@ -194,15 +178,13 @@ def test_orthogonalize():
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch has none before 2.9')
 @pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64)])
 def test_muon_is_torchs(shape):
-    """Five updates against torch.optim.Muon, which iterates in bfloat16 too, but rounds elsewhere."""
+    """Five steps against torch.optim.Muon, which iterates in bfloat16 too, but rounds at other places."""
     torch.manual_seed(0)
-    ours, theirs = (
-        torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2)
-    )
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.nn.Parameter(weight.clone()) for _ in range(2))
     reference = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.9)
-    optimizer = Muon(
-        [{'params': [ours], 'weight_decay': 0.1, 'momentum': 0.9}], 0.05, (0.9, 0.95), dtype=torch.bfloat16
-    )
+    group = {'params': [ours], 'weight_decay': 0.1, 'momentum': 0.9}
+    optimizer = Muon([group], 0.05, (0.9, 0.95), dtype=torch.bfloat16)
     for _ in range(5):
         before = ours.detach().clone()
         ours.grad = torch.randn(shape)
@@ -213,7 +195,7 @@ def test_muon_is_torchs(shape):
         theirs.data.copy_(ours.data)
 
 
-def test_muon_treats_queries_keys_and_values_apart():
+def test_muon_orthogonalizes_queries_keys_and_values_separately():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=16, block_size=8, vocab_size=11, n_kv_head=2, mlp='swiglu'))
     optimizer = optimizer_of(model, 1e-2, 0.0, (0.9, 0.95), 'muon', 0.02, ranks=Ranks())
@@ -226,14 +208,10 @@ def test_muon_treats_queries_keys_and_values_apart():
     for name, p in model.named_parameters():
         if name.endswith('c_attn.weight'):
             assert qkv_rows(p) == [16, 8, 8]
-            for was, now, gradient in zip(
-                before[name].split([16, 8, 8]), p.split([16, 8, 8]), p.grad.split([16, 8, 8])
-            ):
-                # the first momentum is 0.05 of the gradient, and counts 0.95 beside 0.05 of the gradient: 0.0975 of it
-                wide = gradient if len(gradient) <= 16 else gradient.T
-                torch.testing.assert_close(
-                    now - was, -0.02 * orthogonalize(0.0975 * wide[None])[0], rtol=1e-3, atol=1e-5
-                )
+            for was, now, gradient in zip(*(x.split([16, 8, 8]) for x in (before[name], p, p.grad))):
+                # the first momentum is 0.05 gradient; Nesterov: 0.95 * 0.05 gradient + 0.05 gradient
+                expected = -0.02 * orthogonalize(0.0975 * gradient[None])[0]
+                torch.testing.assert_close(now - was, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_muon_state_loads():
@@ -259,11 +237,11 @@ def test_update_ratio():
     assert update_ratio(before, before) == 0
 
 
-# --- torch's own machinery takes our optimizers, and ours take torch's place ---------------------------------------------
+# --- torch's schedulers and checkpoints accept our optimizers, and torch's can take their place -----------------------
 
 
 def learn(model, optimizer, steps=2, seed=0):
-    """Some steps on made-up text -> the losses."""
+    """Some steps on random ids -> the losses."""
     losses = []
     for step in range(steps):
         ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed + step))
@@ -292,7 +270,7 @@ def test_schedulers_of_torch_accept_ours(kind):
 
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_distributed_checkpoints_accept_ours(kind):
-    """The state by parameter names, taken out and put into the optimizer of another model: both go on alike."""
+    """State by parameter names, moved to the optimizer of another model: both continue identically."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     one, two = tiny_model(), tiny_model()
@@ -300,9 +278,8 @@ def test_distributed_checkpoints_accept_ours(kind):
     learn(one, optimizer)
     state = copy.deepcopy(get_optimizer_state_dict(one, optimizer))
     names = {name for name, p in one.named_parameters()}
-    assert (
-        set(state['state']) == names and {name for group in state['param_groups'] for name in group['params']} == names
-    )
+    assert set(state['state']) == names
+    assert {name for group in state['param_groups'] for name in group['params']} == names
     two.load_state_dict(one.state_dict())
     set_optimizer_state_dict(two, other, state)
     assert learn(one, optimizer, seed=5) == learn(two, other, seed=5)
@@ -321,8 +298,8 @@ def test_distributed_checkpoints_accept_ours(kind):
         lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
     ],
 )
-def test_what_torch_has_drops_in(make):
-    """Its state is saved and loaded by the same functions, and goes on as if nothing had been."""
+def test_optimizers_of_torch_drop_in(make):
+    """The same functions save and load their state, and they continue as without interruption."""
     one, two = tiny_model(), tiny_model()
     optimizer, other = (make(model.parameters()) for model in (one, two))
     learn(one, optimizer)
@@ -330,15 +307,14 @@ def test_what_torch_has_drops_in(make):
     load_optimizer_state(other, copy.deepcopy(optimizer.state_dict()))
     assert learn(one, optimizer, seed=5) == learn(two, other, seed=5)
     before = [p.detach().clone() for p in one.parameters()]
-    learn_nothing = torch.tensor(True)
     one(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
-    step_unless(learn_nothing, optimizer)
+    step_unless(torch.tensor(True), optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, one.parameters()))
 
 
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_frozen_parameters_and_empty_groups(kind):
-    """Frozen ones stay and are in no group; a group without parameters, and parameters without a gradient, are no crash."""
+    """Frozen parameters stay and are in no group; empty groups and parameters without a gradient are accepted."""
     model = tiny_model()
     for name, p in model.named_parameters():
         p.requires_grad = name.endswith('mlp.c_fc.weight')
@@ -355,7 +331,7 @@ def test_frozen_parameters_and_empty_groups(kind):
 
 @pytest.mark.parametrize('skipped', [(), (1,), (0, 2, 3)])
 def test_skipped_steps_are_those_of_torch(skipped):
-    """torch.optim.AdamW(fused=True) with found_inf set before step(), and ours: the same bits, the count of steps included."""
+    """torch.optim.AdamW(fused=True) with found_inf set before step(), and ours: the same bits and step counts."""
     one, two = tiny_model(), tiny_model()
     groups = [
         {'params': [p for p in two.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
@@ -376,12 +352,12 @@ def test_skipped_steps_are_those_of_torch(skipped):
 
 
 def test_ours_start_without_the_compiler():
-    """Making, stepping, saving and loading import nothing that takes a second."""
+    """Creating, stepping, saving and loading import nothing that takes a second."""
     program = (
         'import sys, torch; from optim import *; from model import GPT, GPTConfig; '
         'model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=5)); '
-        'settings = dict(optimizer="muon", learning_rate=1, weight_decay=1, beta1=0.5, beta2=0.5, muon_learning_rate=1, '
-        'muon_momentum=0.5); '
+        'settings = dict(optimizer="muon", learning_rate=1, weight_decay=1, beta1=0.5, beta2=0.5, '
+        'muon_learning_rate=1, muon_momentum=0.5); '
         'optimizer = make_optimizer(model, settings); model(*torch.zeros(2, 1, 4, dtype=torch.long))[1].backward(); '
         'optimizer.step(); optimizer.zero_grad(); load_optimizer_state(optimizer, optimizer.state_dict()); '
         'print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])'
