@@ -1,4 +1,4 @@
-"""Where a model comes from: made anew, read from a checkpoint, or from GPT-2 weights in Hugging Face's format, and back into it."""
+"""What a run starts from: a new model, a checkpoint or a pretrained model; and the model in a checkpoint."""
 
 import dataclasses
 import math
@@ -7,83 +7,142 @@ import os
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common.checkpoint import BEST, LATEST, load_data, plain
-from common.errors import UserError, user_errors, warn
+from common.checkpoint import BEST, LATEST, load_data, load_optimizer_buffers, plain
+from common.errors import UserError, say, user_errors, warn
+from dataloader import dataset_name
 from model import GPT, GPTConfig
+from optim import load_optimizer_state
 from pretrained import NANOGPT_FIELDS, pretrained_tokenizer, read_pretrained
 from tokenizer import GPT2_SPEC, check_spec, same_ids, text_vocab_size
 
-# what weights fix, and a setting may ask for
+# fields that weights fix, and that settings may ask for
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
+MAY_CHANGE = ('init_from', 'eval_only')  # settings that may change on resume without being reported
 
 
-# --- for a script -----------------------------------------------------------------------------------------------------
+# --- for scripts ------------------------------------------------------------------------------------------------------
 
 
-def initial_model(config, data_dir, tokenizer, vocab_size):
-    """What train.py starts from, as its settings say -> (GPT on the CPU in float32, the checkpoint to go on from or None).
+def initial_model(config, data) -> tuple[GPT, dict | None]:
+    """The model that train.py starts from, on the CPU in float32, and the checkpoint to resume, or None.
 
-    data_dir: folder of the data set, tokenizer: its spec or None, vocab_size: how many ids it has. Weights that exist bring their
-    shape, as in nanoGPT. A checkpoint without ckpt_best.pt beside it counts as one whose best is not known. UserError if weights
-    cannot be had, or do not go with the settings that were given, or with the data.
+    config: the settings. data: the DataSet. Existing weights bring their own shape, as in nanoGPT. UserError if weights
+    are not available, or do not fit the settings that were given, or the data.
     """
     init_from, dropout, checkpoint = config['init_from'], config['dropout'], None
     if init_from == 'scratch':
-        rounded = model_vocab_size(tokenizer, vocab_size, config['vocab_multiple'])
+        vocab_size = model_vocab_size(data.tokenizer, data.vocab_size, config['vocab_multiple'])
+        shape = {key: config[key] for key in SHAPE if key in config}
         with user_errors(ValueError):
-            return GPT(
-                GPTConfig(vocab_size=rounded, dropout=dropout, **{key: config[key] for key in SHAPE if key in config})
-            ), None
+            return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape)), None
     if init_from == 'resume':
         path = os.path.join(config['out_dir'], LATEST)
         checkpoint = load_checkpoint(path)
-        model, its_tokenizer = restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer')
-        origin, fixed, hint = (
-            f'the run in {path}',
-            SHAPE,
-            'leave it out to resume, or start another run with another --out_dir',
-        )
-        if not os.path.exists(
-            os.path.join(config['out_dir'], BEST)
-        ):  # as after nanoGPT: the best is what the next evaluation finds
-            checkpoint['best_val_loss'], checkpoint['best_iter'] = math.inf, checkpoint['iter_num']
+        model, tokenizer = restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer')
+        source, fixed = f'the run in {path}', SHAPE
+        hint = 'leave it out to resume, or start another run with another --out_dir'
     else:
-        model, its_tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout)
-        origin, fixed, hint = init_from, [key for key in SHAPE if key != 'block_size'], 'leave it out'
-        if tokenizer and not its_tokenizer:
-            warn(f'{init_from} has no tokenizer beside it: nothing shows that its ids mean what those of {data_dir} do')
-    if its_tokenizer and tokenizer and not same_ids(tokenizer, its_tokenizer):
+        model, tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout)
+        source, fixed, hint = init_from, [key for key in SHAPE if key != 'block_size'], 'leave it out'
+        if data.tokenizer and not tokenizer:
+            warn(
+                f'{init_from} has no tokenizer beside it: nothing shows that its ids mean what those of {data.path} do'
+            )
+    with user_errors(ValueError, where=f'the tokenizer of {source} or {data.path}: '):
+        same = not tokenizer or not data.tokenizer or same_ids(data.tokenizer, tokenizer)
+    if not same:
         raise UserError(
-            f'{origin} was trained with another tokenizer than that of {data_dir}: choose a --dataset in its encoding'
+            f'{source} was trained with another tokenizer than that of {data.path}: choose a --dataset in its encoding'
         )
     for key in fixed:
         if key in config.given and config[key] != getattr(model.config, key):
-            message = f'--{key}={config[key]}: {origin} has {key}={getattr(model.config, key)}'
+            message = f'--{key}={config[key]}: {source} has {key}={getattr(model.config, key)}'
             if checkpoint or key not in NANOGPT_FIELDS:
                 raise UserError(f'{message}; {hint}')
-            warn(f'{message}, which it keeps')  # as in nanoGPT, whose recipes for fine-tuning may name a shape
-    if (needed := text_vocab_size(tokenizer) if tokenizer else vocab_size) > model.config.vocab_size:
-        raise UserError(
-            f'{data_dir} has a vocabulary of {needed}, the model of {model.config.vocab_size}: choose another --dataset'
-        )
+            warn(f'{message}, which it keeps')  # as in nanoGPT, whose fine-tuning recipes may name a shape
+    needed, has = text_vocab_size(data.tokenizer) if data.tokenizer else data.vocab_size, model.config.vocab_size
+    if needed > has:
+        raise UserError(f'{data.path} has a vocabulary of {needed}, the model of {has}: choose another --dataset')
     asked, longest = config['block_size'], model.config.block_size
     if not checkpoint and asked < longest:
         model.crop_block_size(asked)
     elif not checkpoint and asked > longest and 'block_size' in config.given:
-        raise UserError(f'--block_size={asked}: {origin} has {longest} positions, use at most that')
+        raise UserError(f'--block_size={asked}: {source} has {longest} positions, use at most that')
     return model, checkpoint
 
 
-def model_vocab_size(tokenizer, vocab_size, multiple):
-    """The vocabulary of a new model for data of a tokenizer (its spec or None) with vocab_size ids, rounded up to a multiple."""
-    return -(-(GPTConfig.vocab_size if tokenizer == GPT2_SPEC else vocab_size) // multiple) * multiple
+def initial_progress(checkpoint: dict | None, config, text: dict) -> dict:
+    """How far the run has come: {'iter_num', 'best_val_loss', 'best_iter', 'evaluated_at', 'seconds', 'windows_taken'}.
+
+    checkpoint: the one to resume, or None. text: checksums of the splits. Prints what has changed since the save.
+    UserError if the run cannot continue with these settings.
+    """
+    progress = {
+        'iter_num': 0,  # steps made
+        'best_val_loss': math.inf,
+        'best_iter': 0,
+        'evaluated_at': -1,  # the iteration of the last evaluation
+        'seconds': 0.0,  # of training
+        'windows_taken': 0,  # by the data order 'shuffle'
+    }
+    if not checkpoint:
+        return progress
+    progress.update({key: checkpoint[key] for key in progress})
+    before, out_dir = checkpoint['config'], config['out_dir']
+    changed = [
+        f'{key} {old!r} -> {config[key]!r}'
+        for key, old in before.items()
+        if key in config and key not in MAY_CHANGE and config[key] != old
+    ]
+    settings = f', with changed settings: {", ".join(changed)}' if changed else ''
+    say(f'resuming the run in {out_dir} after {progress["iter_num"]} iterations{settings}')
+    optimizer = before.get('optimizer', 'adamw')
+    if optimizer != config['optimizer'] and not config['eval_only']:
+        raise UserError(
+            f'--optimizer={config["optimizer"]}: the run in {out_dir} has the state of {optimizer}; '
+            f'--init_from={out_dir} with another --out_dir starts a new run from its weights'
+        )
+    same_text = checkpoint.get('text', text) == text
+    if not same_text or dataset_name(str(before.get('dataset', config['dataset']))) != config['dataset']:
+        say(f'this is not the text that the run in {out_dir} was trained on: the best validation loss is reset')
+        progress.update(evaluated_at=-1, windows_taken=0)
+        best_is_known = False
+    else:
+        best_is_known = os.path.exists(os.path.join(out_dir, BEST))  # nanoGPT leaves none
+        batch = ('batch_size', 'gradient_accumulation_steps')
+        other_batch = any(before.get(key, config[key]) != config[key] for key in batch)
+        if progress['windows_taken'] is None and config['data_order'] == 'shuffle' and other_batch:
+            warn(f'the run in {out_dir} had batches of another size, and no position in the data: some may be repeated')
+    if not best_is_known:
+        progress.update(best_val_loss=math.inf, best_iter=progress['iter_num'])
+    return progress
 
 
-def open_model(init_from, out_dir, name, dropout=0.0):
-    """A model to start from or to use, as --init_from says -> (GPT, tokenizer spec or None, the settings it was trained with or {}).
+def restore_optimizer(optimizer, scaler, checkpoint: dict, out_dir: str):
+    """Give an optimizer and a GradScaler the state that was saved with a checkpoint, and free the checkpoint's tensors.
+    UserError if it is missing or does not fit."""
+    saved = load_optimizer_buffers(checkpoint, out_dir)
+    kinds = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+    with user_errors(*kinds, where=f'the optimizer state in {out_dir}: '):
+        load_optimizer_state(optimizer, saved['optimizer'])
+        if scaler.is_enabled() and saved.get('scaler'):
+            scaler.load_state_dict(saved['scaler'])
+    checkpoint.pop('optimizer', None)
+    checkpoint.pop('model')
 
-    init_from: 'resume' for the checkpoint `name` in out_dir; a checkpoint's file, or a folder with a run's ckpt.pt; else what
-    load_pretrained takes. UserError if it cannot be had.
+
+def model_vocab_size(tokenizer: dict | None, vocab_size: int, multiple: int) -> int:
+    """The vocabulary of a new model, a multiple of `multiple`, for data of a tokenizer (its spec or None) with
+    vocab_size ids. For GPT-2's tokenizer it is GPTConfig's default, as in nanoGPT."""
+    least = GPTConfig.vocab_size if tokenizer == GPT2_SPEC else vocab_size
+    return -(-least // multiple) * multiple
+
+
+def open_model(init_from: str, out_dir: str, name: str, dropout: float = 0.0) -> tuple[GPT, dict | None, dict]:
+    """The model that --init_from= names -> (GPT, tokenizer spec or None, the settings it was trained with or {}).
+
+    init_from: 'resume' for the checkpoint `name` in out_dir; a checkpoint's file; a folder with a run's ckpt.pt; or as
+    in load_pretrained. UserError if it is not available.
     """
     path = os.path.join(out_dir, name) if init_from == 'resume' else init_from
     if init_from != 'resume' and os.path.exists(os.path.join(init_from, LATEST)):
@@ -94,65 +153,73 @@ def open_model(init_from, out_dir, name, dropout=0.0):
     return restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer'), checkpoint['config']
 
 
-def load_pretrained(name, dropout=0.0):
-    """A model that read_pretrained knows -> (GPT on the CPU in float32, tokenizer spec or None). UserError as there."""
+def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
+    """A model by the name that read_pretrained takes -> (GPT on the CPU in float32, tokenizer spec or None)."""
     fields, weights = read_pretrained(name)
-    model = skeleton(GPTConfig(**fields, dropout=dropout))
+    model = empty_model(GPTConfig(**fields, dropout=dropout))
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model, pretrained_tokenizer(name)
 
 
-def model_args_of(config):
-    """A GPTConfig as the dict that a checkpoint stores: nanoGPT's fields, and others only where they are not the default,
-    so that nanoGPT opens every model that it can represent and refuses the rest."""
-    defaults = GPTConfig()
-    args = dataclasses.asdict(config)
-    return {name: value for name, value in args.items() if name in NANOGPT_FIELDS or value != getattr(defaults, name)}
+# --- the model in a checkpoint ----------------------------------------------------------------------------------------
 
 
-def model_entry(model):
+def model_entry(model: GPT) -> dict:
     """The part of a checkpoint that describes the model: {'model': weights, 'model_args': shape, …}.
 
-    OpenAI's GPT-2 computes GELU by tanh, nanoGPT runs it with erf and is hardly off. So that nanoGPT opens a fine-tuned
-    GPT-2 of ours, this one choice is written beside model_args rather than into it.
+    model_args has nanoGPT's fields, and others only where they differ from the default, so that nanoGPT opens every
+    model that it can represent and refuses the rest. OpenAI's GPT-2 computes GELU by tanh, nanoGPT runs it with erf and
+    is hardly off: so this one choice is stored beside model_args, and nanoGPT opens a GPT-2 fine-tuned here.
+    UserError if weights are NaN or infinite.
     """
-    model_args = model_args_of(model.config)
-    entry = {'model': model.state_dict(), 'model_args': model_args}
-    if model_args.get('mlp') == 'gelu_tanh':
-        entry['mlp'] = model_args.pop('mlp')
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(
+            'the weights are NaN or infinite, nothing was saved: lower --learning_rate, and continue from the last '
+            'save with --init_from=resume'
+        )
+    defaults = GPTConfig()
+    args = {
+        name: value
+        for name, value in dataclasses.asdict(model.config).items()
+        if name in NANOGPT_FIELDS or value != getattr(defaults, name)
+    }
+    entry = {'model': model.state_dict(), 'model_args': args}
+    if args.get('mlp') == 'gelu_tanh':
+        entry['mlp'] = args.pop('mlp')
     return entry
 
 
-def load_checkpoint(path):
-    """A checkpoint of SAMgpt's or nanoGPT's -> dict, its weights under plain names. UserError if it is anything else."""
+def load_checkpoint(path: str) -> dict:
+    """A checkpoint of SAMgpt or nanoGPT, complete and with weights under plain names. UserError if it is not one."""
     checkpoint = load_data(path)
-    wanted = {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}
     if isinstance(checkpoint, dict):
-        checkpoint.update(
-            {key: plain(value) for key, value in checkpoint.items() if key not in ('model', 'optimizer', 'tokenizer')}
-        )
-    for key, kind in wanted.items():
+        tensors = ('model', 'optimizer', 'tokenizer')
+        with user_errors(RecursionError, RuntimeError, where=f'{path} is not a sound checkpoint: '):
+            checkpoint.update({key: plain(value) for key, value in checkpoint.items() if key not in tensors})
+    for key, kind in {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise UserError(f'{path} is not a checkpoint of SAMgpt or nanoGPT: it has no {key!r}')
+    defaults = {  # nanoGPT's has no more than the first
+        'best_val_loss': math.inf,
+        'best_iter': checkpoint['iter_num'],
+        'evaluated_at': -1,  # the iteration of the last evaluation; -1: not known
+        'seconds': 0.0,  # of training so far
+        'windows_taken': None,  # see dataloader.TrainBatches; None: not known
+        'trackers': {},
+    }
+    valid = {
+        'best_val_loss': lambda value: not math.isnan(value),
+        'best_iter': lambda value: type(value) is int and 0 <= value <= checkpoint['iter_num'],
+        'evaluated_at': lambda value: type(value) is int,
+        'seconds': lambda value: 0 <= value < math.inf,
+        'windows_taken': lambda value: value is None or type(value) is int and value >= 0,
+        'trackers': lambda value: isinstance(value, dict),
+    }
     with user_errors(ValueError, TypeError, where=f'{path} is not a sound checkpoint: '):
-        checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', 'inf'))
-        if math.isnan(checkpoint['best_val_loss']):
-            raise ValueError('its best_val_loss is not a number')
-        checkpoint['seconds'] = float(checkpoint.get('seconds', 0.0))  # of training so far
-        if not 0 <= checkpoint['seconds'] < math.inf:
-            raise ValueError('its seconds are no time')
-        checkpoint.setdefault('best_iter', checkpoint['iter_num'])
-        checkpoint.setdefault('evaluated_at', -1)  # the step at which it was last evaluated; -1: not known
-        checkpoint.setdefault('windows_taken', None)  # see dataloader.TrainBatches; None: not known
-        if type(checkpoint['best_iter']) is not int or not 0 <= checkpoint['best_iter'] <= checkpoint['iter_num']:
-            raise ValueError('its iter_num or best_iter counts no updates')
-        if type(checkpoint['evaluated_at']) is not int:
-            raise ValueError('its evaluated_at counts no updates')
-        if checkpoint['windows_taken'] is not None and not (
-            type(checkpoint['windows_taken']) is int and 0 <= checkpoint['windows_taken']
-        ):
-            raise ValueError('its windows_taken counts no windows')
+        for key, default in defaults.items():
+            if not valid[key](checkpoint.setdefault(key, default)):
+                raise ValueError(f'its {key} is {checkpoint[key]!r}')
         if not all(isinstance(name, str) for name in checkpoint['model']):
             raise ValueError('its weights have no names')
         if checkpoint.get('tokenizer') is not None:
@@ -160,20 +227,18 @@ def load_checkpoint(path):
     weights = {
         name.replace('_orig_mod.', '').removeprefix('module.'): weight for name, weight in checkpoint['model'].items()
     }
-    # nanoGPT's attention without flash keeps its causal mask as a buffer; here it needs none
-    checkpoint['model'] = {
-        name: weight for name, weight in weights.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))
-    }
+    masks = ('.attn.bias', '.attn.masked_bias')  # buffers of nanoGPT's attention without flash
+    checkpoint['model'] = {name: weight for name, weight in weights.items() if not name.endswith(masks)}
     if 'mlp' in checkpoint:
         checkpoint['model_args']['mlp'] = checkpoint['mlp']
     return checkpoint
 
 
-def restore_model(checkpoint, path, dropout=None):
+def restore_model(checkpoint: dict, path: str, dropout: float | None = None) -> GPT:
     """The model of a loaded checkpoint, on the CPU in float32. dropout replaces the one it was trained with.
 
-    UserError if model_args describes no model or another one than the weights. Nothing large is allocated before that is
-    known, so that a forged shape cannot exhaust the memory.
+    UserError if model_args describe no model, or another one than the weights. Nothing large is allocated before that
+    is known, so a forged shape cannot exhaust the memory.
     """
     args, weights = dict(checkpoint['model_args']), checkpoint['model']
     if dropout is not None:
@@ -186,28 +251,29 @@ def restore_model(checkpoint, path, dropout=None):
             raise ValueError('some of them are not tensors of numbers')
         if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
             raise ValueError('some of them claim to be larger than they are')
-        embedding, head = 'transformer.wte.weight', 'lm_head.weight'
-        if args.get('tie_weights', True):  # a file may hold the one matrix once or twice
-            if (head in weights) != (embedding in weights):
-                weights = {
-                    **weights,
-                    head: weights.get(head, weights.get(embedding)),
-                    embedding: weights.get(embedding, weights.get(head)),
-                }
-            elif head in weights and not torch.equal(weights[head].nan_to_num(), weights[embedding].nan_to_num()):
-                raise ValueError(
-                    'the head differs from the embedding, so they are not the one matrix that tie_weights=True makes them'
-                )
-        model = skeleton(GPTConfig(**args))
+        if args.get('tie_weights', True):
+            weights = with_both_ties(weights)
+        model = empty_model(GPTConfig(**args))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     model.tie_weights()
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f'{path}: some of its weights are not finite numbers; use another checkpoint')
+        raise UserError(f'{path}: some of its weights are NaN or infinite; use another checkpoint')
     return model
 
 
+def with_both_ties(weights):
+    """Weights with the tied matrix under both of its names, of which a file may hold one. ValueError if it holds two
+    that differ."""
+    head, embedding = weights.get('lm_head.weight'), weights.get('transformer.wte.weight')
+    if head is not None and embedding is not None and not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
+        raise ValueError('the head differs from the embedding, though tie_weights=True makes them one matrix')
+    tied = head if embedding is None else embedding
+    return weights if tied is None else {**weights, 'lm_head.weight': tied, 'transformer.wte.weight': tied}
+
+
 class NoInit(TorchFunctionMode):
-    """Where torch.nn.init would fill a tensor, leaves it: on the meta device that costs an import of the compiler, 1.5 s."""
+    """Skips torch.nn.init, whose only effect on the meta device is to import torch's compiler: over a second of every
+    start of sample.py."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -216,7 +282,7 @@ class NoInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def skeleton(config):
-    """A GPT whose parameters have shapes but no memory, to be given weights by load_state_dict(..., assign=True)."""
+def empty_model(config: GPTConfig) -> GPT:
+    """A GPT whose parameters have shapes but no memory, ready for load_state_dict(..., assign=True)."""
     with torch.device('meta'), NoInit():
         return GPT(config)

@@ -1,35 +1,35 @@
-"""A sum over many rows, a piece of them in memory at a time."""
+"""A sum over many rows of which only a chunk is in memory at a time."""
 
 import torch
 
 
-def sum_in_pieces(function, x, targets, rows, parameters):
-    """Sum of function(piece of x, piece of targets), a scalar each, over pieces of `rows` rows, of which one is in memory at a time.
+def chunked_sum(function, x: torch.Tensor, targets: torch.Tensor, rows: int, parameters) -> torch.Tensor:
+    """The sum of function(chunk of x, chunk of targets), a scalar each, over chunks of `rows` rows.
 
-    x: (N, C), targets: (N,). parameters: all that the function computes with and that want a gradient; others get none. The gradients of
-    a piece are computed right after it, in the forward pass (as in Liger Kernel, Hsu et al. 2024, section 3.2): to keep what they are
-    computed from is what costs the memory, to compute it again (torch.utils.checkpoint) costs the function a third more time.
+    x: (N, C). targets: (N,). parameters: those that the function computes with; others get no gradient.
+    The gradients of a chunk are computed right after its forward pass (as in Liger Kernel, Hsu et al. 2024, section
+    3.2), because the activations kept for a later backward pass are what needs the memory. To recompute them instead
+    (torch.utils.checkpoint) would cost the function a third more time.
     """
-    pieces = zip(x.split(rows), targets.split(rows))
     if not torch.is_grad_enabled():
-        return sum(function(*piece) for piece in pieces)
-    return SumInPieces.apply(function, targets, rows, x, *parameters)
+        return sum(function(*chunk) for chunk in zip(x.split(rows), targets.split(rows)))
+    return ChunkedSum.apply(function, targets, rows, x, *(p for p in parameters if p.requires_grad))
 
 
-class SumInPieces(torch.autograd.Function):
-    """sum_in_pieces, with its gradients."""
+class ChunkedSum(torch.autograd.Function):
+    """chunked_sum with gradients."""
 
     @staticmethod
     def forward(ctx, function, targets, rows, x, *parameters):
         total, gradients = 0, [None] * len(parameters)
         x_gradient = torch.empty_like(x)
-        for x_piece, x_gradient_piece, target in zip(x.split(rows), x_gradient.split(rows), targets.split(rows)):
-            x_piece = x_piece.detach().requires_grad_()
+        for x_chunk, x_gradient_chunk, target in zip(x.split(rows), x_gradient.split(rows), targets.split(rows)):
+            x_chunk = x_chunk.detach().requires_grad_()
             with torch.enable_grad():
-                loss = function(x_piece, target)
-                first, *rest = torch.autograd.grad(loss, (x_piece, *parameters), allow_unused=True)
+                loss = function(x_chunk, target)
+                first, *rest = torch.autograd.grad(loss, (x_chunk, *parameters), allow_unused=True)
             total += loss.detach()
-            x_gradient_piece.copy_(first)
+            x_gradient_chunk.copy_(first)
             for i, new in enumerate(rest):
                 if gradients[i] is None:
                     gradients[i] = new

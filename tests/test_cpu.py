@@ -1,5 +1,5 @@
-"""Rearranged and 8-bit weights against the plain product, and against the 8-bit arithmetic done naively; and that a packed model is
-the model that model.py describes, whatever a person made of it."""
+"""Packed and 8-bit weights against the plain product and naive 8-bit arithmetic; a packed model computes what model.py
+says, however a user has edited it; and oneDNN's products against torch's own."""
 
 import copy
 import json
@@ -85,9 +85,10 @@ def test_int8_product(bias):
 @fbgemm
 @pytest.mark.parametrize('levels', [63, 127])
 def test_int8_without_vnni(levels):
-    """The worst case for sums of pairs in 16 bits: all at the largest. With 7-bit inputs it is exact on every processor."""
+    """The worst case for sums of pairs in 16 bits. With 7-bit inputs it is exact on every processor."""
     program = (
-        'import torch; from common import cpu; linear = torch.nn.Linear(64, 16, bias=False); torch.nn.init.ones_(linear.weight); '
+        'import torch; from common import cpu; linear = torch.nn.Linear(64, 16, bias=False); '
+        'torch.nn.init.ones_(linear.weight); '
         f'torch.cpu._is_vnni_supported = lambda: {levels == 127}; '
         'print((cpu.Int8Linear(linear)(torch.ones(1, 64)) - 64).abs().max().item())'
     )
@@ -106,8 +107,8 @@ def test_int8_without_vnni(levels):
     [(torch.float32, '', 1e-4), (torch.bfloat16, '', 0.03), pytest.param(torch.float32, 'int8', 0.1, marks=fbgemm)],
 )
 def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
-    """The same logits up to the precision asked for, and texts that do not depend on what else is in the batch."""
-    monkeypatch.setattr(cpu, 'SMALLEST', 0)
+    """The same logits up to the precision asked for, and samples that do not depend on the rest of the batch."""
+    monkeypatch.setattr(cpu, 'MIN_PACKED_WEIGHTS', 0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=128, dropout=0.1)).eval()
     packed = copy.deepcopy(model)
@@ -144,8 +145,8 @@ def test_a_packed_model(dtype, quantize, tolerance, monkeypatch, capsys):
 )
 @pytest.mark.parametrize('smallest', [0, 64 * 64 + 1, math.inf])
 def test_a_packed_model_is_the_same_model(options, smallest, monkeypatch, capsys):
-    """Every kind of layer, all by oneDNN, the larger ones, and none, reads and continues as before."""
-    monkeypatch.setattr(cpu, 'SMALLEST', smallest)
+    """Every kind of layer, with all, some or none of the products by oneDNN, computes and generates the same."""
+    monkeypatch.setattr(cpu, 'MIN_PACKED_WEIGHTS', smallest)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=64, **options)).eval()
     for parameter in model.parameters():  # biases and gains too
@@ -158,13 +159,13 @@ def test_a_packed_model_is_the_same_model(options, smallest, monkeypatch, capsys
         assert kinds.count(PackedLinear) in {0: (9,), math.inf: (0,)}.get(smallest, range(4, 9))
     with torch.no_grad():
         torch.testing.assert_close(packed(idx, idx)[0], model(idx, idx)[0], rtol=1e-4, atol=1e-4)
-    drawn = []
+    generated = []
     for each in (model, packed):
         samples = [Sample(row[:n], (1, n)) for row, n in zip(idx.tolist(), (3, 16, 9))]
         for _ in generate(each, samples, 20, Sampling(1.0)):
             pass
-        drawn.append([sample.ids for sample in samples])
-    assert drawn[0] == drawn[1]
+        generated.append([sample.ids for sample in samples])
+    assert generated[0] == generated[1]
     assert not capsys.readouterr().err
 
 
@@ -179,7 +180,7 @@ def test_the_smallest_models_are_packed(options, quantize, capsys):
 @pytest.mark.parametrize('quantize', ['', pytest.param('int8', marks=fbgemm)])
 @pytest.mark.parametrize('value', [math.nan, math.inf, 1e38])
 def test_broken_weights_are_no_edit(value, quantize, capsys):
-    """Such a model is packed; what it computes is an error of generation's."""
+    """Such a model is packed; its NaN logits are generation's error."""
     model = tiny()
     torch.nn.init.constant_(model.transformer.ln_f.weight, value)
     pack(model, CPU, torch.float32, quantize)
@@ -240,7 +241,7 @@ CHANGES = {
 @pytest.mark.parametrize('quantize', ['', pytest.param('int8', marks=fbgemm)])
 @pytest.mark.parametrize('change', CHANGES)
 def test_changed_layers_stay(change, quantize, capsys):
-    """What is not a plain layer is left in place, and runs; all others are packed."""
+    """Layers that are not plain stay in place and run; all others are packed."""
     model = tiny()
     with torch.no_grad():
         before = model(IDX, IDX)[0]
@@ -297,7 +298,7 @@ def norm_if_any(self, x):
 )
 @pytest.mark.parametrize('forward', [reads_weight, reads_features, asks_for_the_type, norm_if_any])
 def test_code_behind_a_layers_back(forward, dtype, quantize, monkeypatch, capsys):
-    """It never gets another result, not even by a hundredth that 8 bits would hide: the model stays, and one line says so."""
+    """Even a difference of a hundredth, which 8 bits would hide, is found: the model stays, and a line says so."""
     model = tiny()
     monkeypatch.setattr(MLP, 'forward', forward)
     before, weights = dict(model.named_modules()), dict(model.named_parameters())
@@ -313,7 +314,7 @@ def test_code_behind_a_layers_back(forward, dtype, quantize, monkeypatch, capsys
 
 
 def test_a_loss_that_reads_a_weight(monkeypatch, capsys):
-    """evaluate.py meets it, and pack does before."""
+    """evaluate.py meets it too, but pack comes first."""
     plain = GPT.summed_loss
     monkeypatch.setattr(GPT, 'summed_loss', lambda self, *args: plain(self, *args) + self.lm_head.weight.square().sum())
     model = tiny()
@@ -335,7 +336,7 @@ def test_the_check_leaves_random_numbers_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# --- the scripts, on a copy of the repository that somebody edited --------------------------------------------------------
+# --- the scripts, on an edited copy of the repository ---------------------------------------------------------------
 
 EDITS = {
     'halved': [('x + self.mlp(self.ln_2(x))', 'x + 0.5 * self.mlp(self.ln_2(x))')],
@@ -386,7 +387,7 @@ def edited_copy(folder, edits=(), packed=True):
 
 
 def outputs(folder, workspace):
-    """What the copies of sample.py and evaluate.py print in a workspace -> (a sample, the line of the loss, warnings)."""
+    """Run the copies of sample.py and evaluate.py in a workspace -> (a sample, the line of the loss, warnings)."""
     results = [
         run_forked(folder / script, '--device=cpu', *arguments, cwd=workspace)
         for script, *arguments in (
@@ -414,7 +415,7 @@ def test_the_code_that_is_edited_is_the_code_that_runs(edit, trained, unedited, 
 
 
 def test_a_script_says_in_one_line_that_it_goes_on_unpacked(trained, tmp_path):
-    edit = [('self.activate(self.c_fc(x))', 'self.activate(F.linear(x, 0.5 * self.c_fc.weight))')]
+    edit = [('x = self.c_fc(x)', 'x = F.linear(x, 0.5 * self.c_fc.weight)')]
     (sample, loss, warnings), (expected, expected_loss, _) = (
         outputs(edited_copy(tmp_path / str(packed), edit, packed), trained) for packed in (True, False)
     )
@@ -432,3 +433,39 @@ def test_what_cannot_be_packed():
         with pytest.raises(UserError, match=words):
             pack(model, torch.device(device), dtype, quantize)
     assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onednn():
+    """As train.py computes on a CPU; afterwards as torch does by itself."""
+    with cpu.torch_products():
+        cpu.use_onednn_products(CPU, 64)
+        yield
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize('shape', [(768, 128, 384), (5, 33, 7), (1, 64, 64), (300, 1000, 65)])
+def test_products_are_float32(onednn, shape):
+    """In every layout as exact as torch's own, not rounded to bfloat16."""
+    torch.manual_seed(0)
+    m, k, n = shape
+    a, b = torch.randn(m, k), torch.randn(n, k)
+    expected = a.double() @ b.double().T
+    at, bt = a.T.contiguous().T, b.T.contiguous()
+    for product in (F.linear(a, b), a @ bt, at @ b.T, at @ bt, torch.bmm(a[None], bt[None])[0]):
+        torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-5 * k**0.5)
+
+
+@pytest.mark.parametrize('block_size', [64, 1024])
+def test_torch_products_restores(block_size):
+    """Fused attention is off only where oneDNN multiplies and the context is short."""
+    with cpu.torch_products():
+        takes_effect = cpu.use_onednn_products(CPU, block_size)
+        assert torch.backends.cuda.flash_sdp_enabled() == (not takes_effect or block_size == 1024)
+        with cpu.torch_products():
+            assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() == (not takes_effect or block_size == 1024)
+    assert torch.backends.cuda.flash_sdp_enabled()

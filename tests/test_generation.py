@@ -49,7 +49,7 @@ SAMPLINGS = [
 
 
 def make_model(seed=0, **options):
-    """A random model in float64, in which two ways to compute the same never differ by enough to draw another token."""
+    """A random model in float64, where two ways to compute the same never differ enough to change a token."""
     torch.manual_seed(seed)
     model = (
         GPT(GPTConfig(**{**dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=3, n_head=4, n_embd=32), **options}))
@@ -71,18 +71,18 @@ def recompute(model, prompt, n, sampling, key):
 @torch.no_grad()
 def recompute_all(model, prompt, n, samplings, key):
     """The same for several samplings of one prompt, whose rows are of one length at all times."""
-    rows, draws = [list(prompt) for _ in samplings], uniforms(n, (*key, 0))
+    rows, numbers = [list(prompt) for _ in samplings], uniforms(n, (*key, 0))
     for t in range(n):
         idx = torch.tensor([row[window_start(len(row), model.config.block_size) :] for row in rows])
         logits = model(idx, idx)[0][:, -1:]
         for row, its, sampling in zip(rows, logits, samplings):
             occurred = torch.zeros(1, VOCAB, dtype=torch.bool)
             occurred[0, row] = True
-            row.append(int(sampling.choose(its, draws[t : t + 1], occurred)))
+            row.append(int(sampling.choose(its, numbers[t : t + 1], occurred)))
     return [row[len(prompt) :] for row in rows]
 
 
-def draw(model, samples, n, sampling, **options):
+def generated(model, samples, n, sampling, **options):
     for _ in generate(model, samples, n, sampling, **options):
         pass
     return [sample.ids for sample in samples]
@@ -107,12 +107,12 @@ def test_cached_equals_recomputed(options):
             (False, True) if sampling in SAMPLINGS[::3] else (False,)
         ):  # a static cache knows nothing of how tokens are chosen
             samples = [Sample(prompt, (5, i)) for i, prompt in enumerate(prompts)]
-            assert draw(model, samples, n, sampling, static=static) == list(texts)
+            assert generated(model, samples, n, sampling, static=static) == list(texts)
     alike = make_prompts(9, 9, 9)  # which go on together, from the first
     expected = [recompute(model, prompt, n, Sampling(), (5, i)) for i, prompt in enumerate(alike)]
     for static in (False, True):
         assert (
-            draw(model, [Sample(prompt, (5, i)) for i, prompt in enumerate(alike)], n, Sampling(), static=static)
+            generated(model, [Sample(prompt, (5, i)) for i, prompt in enumerate(alike)], n, Sampling(), static=static)
             == expected
         )
 
@@ -121,7 +121,7 @@ def test_cached_equals_recomputed(options):
 def test_the_shortest_windows(block_size):
     model, prompts = make_model(block_size=block_size), make_prompts(1, 2, 9)
     samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
-    assert draw(model, samples, 12, Sampling()) == [
+    assert generated(model, samples, 12, Sampling()) == [
         recompute(model, prompt, 12, Sampling(), (i,)) for i, prompt in enumerate(prompts)
     ]
 
@@ -131,10 +131,10 @@ def test_a_sample_does_not_depend_on_its_neighbours():
     prompts = [tokenizer.encode(text).tolist() for text in ('a', 'once upon a time there was', 'b\n', 'the end. again')]
     for static in (False, True):
         together = [Sample(prompt, (7, i), tokenizer, stop=('.', 'z')) for i, prompt in enumerate(prompts)]
-        draw(model, together, 40, Sampling(1.0, top_k=20), static=static)
+        generated(model, together, 40, Sampling(1.0, top_k=20), static=static)
         alone = [Sample(prompt, (7, i), tokenizer, stop=('.', 'z')) for i, prompt in enumerate(prompts)]
         for sample in alone:
-            draw(model, [sample], 40, Sampling(1.0, top_k=20))
+            generated(model, [sample], 40, Sampling(1.0, top_k=20))
         assert [vars(sample) | {'stream': 0} for sample in together] == [
             vars(sample) | {'stream': 0} for sample in alone
         ]
@@ -163,7 +163,9 @@ def test_equals_hugging_face_greedy():
             pad_token_id=0,
             repetition_penalty=penalty,
         )
-        ours = draw(model, [Sample(prompt) for prompt in prompts], BLOCK - 5, Sampling(0, repetition_penalty=penalty))
+        ours = generated(
+            model, [Sample(prompt) for prompt in prompts], BLOCK - 5, Sampling(0, repetition_penalty=penalty)
+        )
         assert ours == theirs[:, 5:].tolist()
 
 
@@ -181,7 +183,7 @@ def test_equals_hugging_face_greedy():
     ids=str,
 )
 def test_probabilities_equal_hugging_face(sampling):
-    """Over uniform numbers side by side, each token is drawn in the proportion that Hugging Face's processors give it."""
+    """Over uniform numbers side by side, each token is chosen as often as Hugging Face's processors give it."""
     from transformers import (
         LogitsProcessorList,
         MinPLogitsWarper,
@@ -207,7 +209,7 @@ def test_probabilities_equal_hugging_face(sampling):
     assert greedy.item() == penalty(torch.tensor([seen]), logits.clone()).argmax()
 
 
-def test_what_is_never_drawn():
+def test_tokens_that_are_never_chosen():
     """Neither ids beyond the vocabulary, nor, at the edges of the uniform numbers, one that was ruled out."""
     logits = torch.tensor([[1.0, 5.0, 1.0, 9.0, 7.0]])
     edges = torch.tensor([0.0, uniforms(1, (0,)).item(), 1 - 2**-23])
@@ -228,7 +230,7 @@ def test_what_is_never_drawn():
     ],
     ids=str,
 )
-def test_output_that_is_not_numbers(sampling):
+def test_logits_that_are_nan(sampling):
     logits = torch.stack([torch.full((VOCAB,), math.nan), torch.zeros(VOCAB), torch.zeros(VOCAB)])
     logits[2, 3] = math.nan
     assert (sampling.choose(logits, torch.full((3,), 0.5)) == (sampling.vocab_size or VOCAB)).tolist() == [
@@ -240,8 +242,8 @@ def test_output_that_is_not_numbers(sampling):
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.inf)
     for log_probs in (False, True):
         for same_but in ({}, {'vocab_size': VOCAB + 9}):
-            with pytest.raises(UserError, match='not finite'):
-                draw(model, [Sample([1])], 2, dataclasses.replace(sampling, **same_but), log_probs=log_probs)
+            with pytest.raises(UserError, match='NaN or infinite'):
+                generated(model, [Sample([1])], 2, dataclasses.replace(sampling, **same_but), log_probs=log_probs)
 
 
 @pytest.mark.parametrize('shares', [{'top_p': 0.0}, {'top_p': 1.1}, {'min_p': 1.1}, {'min_p': -0.1}], ids=str)
@@ -256,24 +258,25 @@ def test_cache_takes_other_types(static):
     cache = KVCache(make_model().config, 2, 8, dtype=torch.bfloat16, static=static)
     cache.lengths = [3, 1]
     cache.extend(1)
-    new = torch.randn(2, 2 * make_model().config.kv_heads, 1, cache.layers[0].size(-1))
-    keys, values = cache.update(0, new)
-    for row, column in enumerate((3, 1)):
-        assert torch.equal(torch.cat((keys, values), dim=1)[row, :, column], new[row, :, 0].bfloat16())
+    new = torch.randn(2, 2, make_model().config.kv_heads, 1, cache.layers[0].size(-1))
+    stored = cache.update(0, *new)
+    for which in (0, 1):  # keys, values
+        for row, column in enumerate((3, 1)):
+            assert torch.equal(stored[which][row, :, column], new[which][row, :, 0].bfloat16())
 
 
 def test_uniform_numbers_are_fixed_for_ever():
     assert uniforms(3, (1337, 0)).tolist() == [0.030196189880371094, 0.3469647765159607, 0.44626402854919434]
-    draws = uniforms(100_000, (1, 2, 3))
-    assert draws.dtype == torch.float32 and 0 <= draws.min() and draws.max() < 1
-    assert torch.equal(uniforms(10, (1, 2, 3)), draws[:10]) and not torch.equal(uniforms(10, (1, 2, 4)), draws[:10])
-    assert abs(draws.mean() - 0.5) < 0.005 and abs(draws.var() - 1 / 12) < 0.005
+    numbers = uniforms(100_000, (1, 2, 3))
+    assert numbers.dtype == torch.float32 and 0 <= numbers.min() and numbers.max() < 1
+    assert torch.equal(uniforms(10, (1, 2, 3)), numbers[:10]) and not torch.equal(uniforms(10, (1, 2, 4)), numbers[:10])
+    assert abs(numbers.mean() - 0.5) < 0.005 and abs(numbers.var() - 1 / 12) < 0.005
 
 
 def test_log_probabilities_are_the_models():
     model = make_model()
     samples = [Sample(prompt, (1, i)) for i, prompt in enumerate(make_prompts(2, 6))]
-    draw(model, samples, 8, Sampling(0.5, top_k=3, vocab_size=40), log_probs=True)
+    generated(model, samples, 8, Sampling(0.5, top_k=3, vocab_size=40), log_probs=True)
     for sample in samples:
         row = torch.tensor([sample.prompt + sample.ids])
         with torch.no_grad():
@@ -304,27 +307,27 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
     monkeypatch.setattr(
         model, 'hidden', lambda idx, *args, **options: (rows.append(tuple(idx.shape)), hidden(idx, *args, **options))[1]
     )
-    draw(model, [Sample([1, 2, 3, 4], (0, i)) for i in range(6)] + [Sample([5, 6], (0, 0))], 1, Sampling())
+    generated(model, [Sample([1, 2, 3, 4], (0, i)) for i in range(6)] + [Sample([5, 6], (0, 0))], 1, Sampling())
     assert rows == [(2, 3), (7, 1)]  # both prompts but for their last tokens, then the last of every row
     for static in (False, True):
         rows.clear()
         context = Context(model, 1, BLOCK, static)
         for prompt in ([1, 2, 3, 4, 5, 6], [7, 8, 9]):
-            draw(model, [Sample(prompt)], 1, Sampling(), context=context)
+            generated(model, [Sample(prompt)], 1, Sampling(), context=context)
         assert rows == [(1, 6), (1, 3)], 'a second turn reads only what is new'
 
 
-def test_draws_go_on_from_block_to_block(monkeypatch):
-    monkeypatch.setattr(generation, 'DRAWS', 4)
+def test_random_numbers_continue_from_block_to_block(monkeypatch):
+    monkeypatch.setattr(generation, 'UNIFORMS_AT_ONCE', 4)
     model, prompts = make_model(), make_prompts(2, 3)
     samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
-    draw(model, samples, 10, Sampling())
+    generated(model, samples, 10, Sampling())
     for i, sample in enumerate(samples):
-        draws, row = torch.cat([uniforms(4, (i, block)) for block in range(3)]), list(sample.prompt)
+        numbers, row = torch.cat([uniforms(4, (i, block)) for block in range(3)]), list(sample.prompt)
         for t in range(10):
             with torch.no_grad():
                 logits = model(torch.tensor([row]))[0][:, -1]
-            row.append(int(Sampling().choose(logits, draws[t : t + 1])))
+            row.append(int(Sampling().choose(logits, numbers[t : t + 1])))
         assert row[len(sample.prompt) :] == sample.ids
 
 
@@ -371,7 +374,7 @@ def test_end_of_text():
     assert (sample.text, sample.ids, sample.finish_reason) == ('ab', [0, 1, 2], 'end_of_text')
     model = make_model(vocab_size=3)
     samples = [Sample([0], (0, i), end_of_text=2) for i in range(5)]
-    draw(model, samples, 30, Sampling())
+    generated(model, samples, 30, Sampling())
     assert all(sample.ids.count(2) == (sample.finish_reason == 'end_of_text') for sample in samples)
     assert all((sample.ids[-1] == 2) == (sample.finish_reason == 'end_of_text') for sample in samples)
 

@@ -7,10 +7,9 @@ import torch
 from conftest import SHARED  # noqa: F401  (puts the repository on the path)
 from nanogpt_reference import ReferenceGPT
 
-import model as model_room
-from common import cpu
+import model as model_module
 from loading import load_pretrained
-from model import GPT, GPTConfig, alibi_mask
+from model import GPT, GPTConfig, attention_mask
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
 
@@ -49,19 +48,23 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize('short', [False, True])  # attention over short contexts in training on some CPUs
+@pytest.fixture(params=[True, False], ids=['fused', 'products'])
+def fused_attention(request):
+    """Attention by torch's fused kernel, or by batched products, as for short contexts on some CPUs."""
+    torch.backends.cuda.enable_flash_sdp(request.param)
+    yield
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
-def test_equals_naive_float64(ids, options, short, monkeypatch):
-    monkeypatch.setattr(cpu, 'short_context', 128 if short else 0)
+def test_equals_naive_float64(ids, options, fused_attention):
     options = {'bias': True, **options}
     model = randomized(GPT(GPTConfig(**SHAPE, **options)))
     reference = ReferenceGPT(**SHAPE, **options, dropout=0.0)
     reference.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
     expected = reference(ids)
     torch.testing.assert_close(model.double()(ids, ids)[0], expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        model(ids)[0], expected[:, -1:], rtol=1e-9, atol=1e-9
-    )  # a shorter way, if only the last is asked for
+    torch.testing.assert_close(model(ids)[0], expected[:, -1:], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.float()(ids)[0].double(), expected[:, -1:], rtol=1e-3, atol=1e-3)
 
 
@@ -112,22 +115,22 @@ def test_equals_hugging_face_llama(ids):
 
 @pytest.mark.parametrize('n_head', [1, 2, 6, 8, 12])
 def test_alibi_equals_hugging_face_bloom(n_head):
-    """The same slopes, for numbers of heads that are no power of two as well; Bloom's biases differ by a constant of the head."""
+    """The same slopes, for any number of heads; Bloom's biases differ by a constant per head."""
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     theirs = build_alibi_tensor(torch.ones(1, 10), n_head, torch.float64).view(n_head, 1, 10)
-    ours = alibi_mask(torch.arange(10), 10, None, n_head, torch.float64)
+    config = GPTConfig(pos='alibi', n_head=n_head, n_embd=8 * n_head)
+    ours = attention_mask(config, torch.arange(10), 10, torch.float64)
     seen = torch.ones(10, 10, dtype=torch.bool).tril()
     assert (ours[:, ~seen] == -math.inf).all()
-    torch.testing.assert_close(
-        ours[:, -1:], theirs - theirs[:, :, -1:], rtol=1e-2, atol=1e-6
-    )  # theirs passes through bfloat16
+    # theirs passes through bfloat16
+    torch.testing.assert_close(ours[:, -1:], theirs - theirs[:, :, -1:], rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize('softcap', [0.0, 4.0])
 def test_loss_without_logits(ids, softcap, monkeypatch):
-    """The loss that is computed in pieces, and its gradients, are those of the whole."""
-    monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', 97 * 10)  # 64 rows in pieces of 10
+    """The loss computed in chunks, and its gradients, are those of the whole."""
+    monkeypatch.setattr(model_module, 'MAX_LOGITS', 97 * 10)  # 64 rows in chunks of 10
     model = randomized(GPT(GPTConfig(**SHAPE, logit_softcap=softcap))).double()
     targets = ids.roll(-1, 1)
     targets[0, 5:] = -1
@@ -144,7 +147,7 @@ def test_loss_without_logits(ids, softcap, monkeypatch):
 
 
 class ScaledHead(torch.nn.Linear):
-    """A head that somebody wrote: it computes more than its weight says, and has a parameter of its own."""
+    """A user's own head: it computes more than its weight says, and has a parameter of its own."""
 
     def __init__(self, head):
         super().__init__(head.in_features, head.out_features, bias=False)
@@ -156,7 +159,7 @@ class ScaledHead(torch.nn.Linear):
 
 @pytest.mark.parametrize('edit', ['subclass', 'hook', 'logits', 'frozen head', 'frozen body'])
 def test_loss_without_logits_is_the_loss_of_the_model_as_edited(ids, edit, monkeypatch):
-    """Whatever computes the logits computes those of the pieces too, each once and a few rows at a time, and no gradient is lost."""
+    """The model's own logits() computes every chunk, each once and a few rows at a time, and no gradient is lost."""
     model, rows = randomized(GPT(GPTConfig(**SHAPE))), []
     if edit == 'subclass':
         model.lm_head = ScaledHead(model.lm_head)
@@ -175,7 +178,7 @@ def test_loss_without_logits_is_the_loss_of_the_model_as_edited(ids, edit, monke
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // 97))
     results = []
     for at_once in (2**26, 97 * 10):
-        monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', at_once)
+        monkeypatch.setattr(model_module, 'MAX_LOGITS', at_once)
         loss = model.double()(ids, ids.roll(-1, 1), with_logits=False)[1]
         loss.backward()
         results.append(
@@ -190,7 +193,7 @@ def test_loss_without_logits_is_the_loss_of_the_model_as_edited(ids, edit, monke
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_loss_without_logits_in_half_precision(ids, dtype, monkeypatch):
     """Under autocast, with many targets and a scaled loss, as close to float32 as the loss of the whole is."""
-    monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', 97 * 300)
+    monkeypatch.setattr(model_module, 'MAX_LOGITS', 97 * 300)
     model = GPT(GPTConfig(**SHAPE))
     ids = ids.repeat(50, 1)  # 3,200 targets
     ids = (ids + torch.arange(100)[:, None]) % 97
@@ -209,7 +212,7 @@ def test_loss_without_logits_in_half_precision(ids, dtype, monkeypatch):
 
 
 def test_no_targets_at_all(ids, monkeypatch):
-    monkeypatch.setattr(model_room, 'LOGITS_AT_ONCE', 0)
+    monkeypatch.setattr(model_module, 'MAX_LOGITS', 0)
     model = GPT(GPTConfig(**SHAPE))
     loss = model(ids, torch.full_like(ids, -1), with_logits=False)[1]
     loss.backward()
@@ -242,6 +245,8 @@ def test_equals_hugging_face(hugging_face_gpt2, ids):
     ours, tokenizer = load_pretrained(folder)
     assert tokenizer is None
     torch.testing.assert_close(ours.eval()(ids, ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    nanogpts_way = GPT.from_pretrained(folder, override_args={'dropout': 0.1})
+    assert nanogpts_way.config.dropout == 0.1 and torch.equal(nanogpts_way.eval()(ids, ids)[0], ours(ids, ids)[0])
     expected = theirs.generate(
         ids[:, :5],
         max_new_tokens=27,

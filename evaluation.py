@@ -1,0 +1,69 @@
+"""How good a model is: its mean loss on a data set, and bits per byte, by which tokenizers can be compared."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from common.device import autocast
+from common.errors import UserError, say
+from tokenizer import GPT2_SPEC, gpt2_is_cached, load_tokenizer
+
+
+@dataclass
+class Evaluation:
+    """Sums over the tokens that were predicted, all ranks together."""
+
+    nats: float  # their cross-entropy
+    tokens: int
+    bytes: int  # of their text; 0 if not known
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.nats / math.log(2) / self.bytes if self.bytes else None
+
+
+@torch.no_grad()
+def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted=lambda: False) -> Evaluation:
+    """The loss of a model in eval mode over batches; its mode is restored. A collective: every rank calls it.
+
+    batches: this rank's share, see dataloader.eval_batches.
+    token_bytes: from bytes_per_token, or None.
+    interrupted: called after each batch; True stops early.
+    The model is never compiled for this: compiling would take longer than most runs spend in evaluation.
+    """
+    was_training = model.training
+    model.eval()
+    known = token_bytes is not None
+    lengths = torch.as_tensor(token_bytes if known else [0], device=device)
+    losses, counts, sizes = [], [], []  # on the device until the end, so that the host does not wait for each batch
+    for x, y in batches:
+        with autocast(device, dtype):
+            losses.append(model.forward(x, y, with_logits=False)[1])
+        predicted = y >= 0
+        counts.append(predicted.sum())
+        sizes.append((lengths[y * predicted] * predicted).sum() if known else predicted.sum() * 0)
+        if interrupted():
+            break
+    model.train(was_training)
+    nats = sum(loss.item() * count.item() for loss, count in zip(losses, counts))
+    tokens, n_bytes = (float(sum(number.item() for number in numbers)) for numbers in (counts, sizes))
+    nats, tokens, n_bytes, knowing = ranks.sum([nats, tokens, n_bytes, float(known)])
+    return Evaluation(nats, int(tokens), int(n_bytes) if knowing == ranks.world_size else 0)
+
+
+def bytes_per_token(spec: dict | None, download: bool = True):
+    """The length in bytes of each token of a tokenizer, by its spec -> int array (vocab_size,). None if the tokens are
+    not pieces of text, or, with a line that says so, if the tokenizer cannot be loaded. download=False: GPT-2's only
+    from tiktoken's cache, as a download can hang behind a firewall."""
+    try:
+        if not download and spec == GPT2_SPEC and not gpt2_is_cached():
+            raise UserError("GPT-2's vocabulary has not been downloaded; evaluate.py does it")
+        return load_tokenizer(spec).token_bytes() if spec else None
+    except UserError as error:
+        say(f'no bits per byte: {error}')
