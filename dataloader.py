@@ -1,17 +1,18 @@
-"""Token files to batches, in an order that is a function of (seed, step) alone.
+"""From token files to batches, in an order that depends only on (seed, step).
 
-A split is raw little-endian ids, `train.bin` or shards `train_000.bin, train_001.bin, …`. They are uint16 unless the data set's
-meta.json says uint32, or says neither and the vocabulary needs it. A window is block_size + 1 consecutive tokens: the input and, one
-further, the target.
+A split is one file of little-endian token ids, `train.bin`, or shards, `train_000.bin`, `train_001.bin`, …. Ids are
+uint16, or uint32 if meta.json says so or the vocabulary needs it. A training sequence is a window of block_size + 1
+consecutive tokens: the inputs, and the same tokens shifted by one as targets.
 
-Windows are read from the files, not mapped into memory: what a process has mapped counts as its memory, and over a long run that
-would be the whole data set. The system keeps in its cache what it has room for either way.
+Windows are read from the files, not memory-mapped: mapped pages count as memory of the process, and a long run would
+touch the whole data set. The system's file cache is the same either way; the price is a seek and a read per window.
 
-Because the global batch of a step depends on nothing but the seed and the step, resuming has nothing to replay, and any
-number of ranks trains on the same tokens: each takes its own micro-batches of the same global batch.
+The global batch of a step is a function of seed and step alone. So there is nothing to replay on resume, and every
+number of ranks trains on the same tokens: each rank takes its own micro-batches of the same global batch.
 """
 
 import bisect
+import difflib
 import functools
 import glob
 import io
@@ -20,68 +21,98 @@ import os
 import pickle
 import pickletools
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from common.distributed import Ranks
 from common.errors import UserError, one_line, user_errors
-from tokenizer import spec_from_meta, spec_vocab_size
+from tokenizer import spec_end_of_text, spec_from_meta, spec_vocab_size
 
-MAX_IDS_CHECKED = 2**28  # on opening, a larger split is checked in evenly spread pieces; every batch is checked again
+MAX_IDS_CHECKED = 2**28  # when a split is opened; of a larger one, evenly spaced pieces. Every batch is checked again
 CHECKED_AT_ONCE = 2**22  # ids
-MAX_OPEN_SHARDS = 256  # files; many systems allow a process 1024
+MAX_OPEN_SHARDS = 256  # files; many systems allow 1024 per process
 
 
-def dataset_name(dataset):
-    """How a data set is called: its folder below data/, whichever way the folder was written, data/text/novel/ or text/novel."""
+def dataset_name(dataset: str) -> str:
+    """The name of a data set: its folder relative to data/, however it was given.
+
+    Example: 'text/novel' for 'text/novel', 'text/novel/' and 'data/text/novel/'.
+    """
     name = os.path.normpath(dataset) if dataset else dataset
-    below = os.path.join('data', '')
-    return (name.removeprefix(below) if not os.path.isdir(os.path.join('data', name)) else name).replace(os.sep, '/')
+    if not os.path.isdir(os.path.join('data', name)):
+        name = name.removeprefix(os.path.join('data', ''))
+    return name.replace(os.sep, '/')
 
 
-def read_meta(data_dir):
-    """What a data set says of itself -> dict: its meta.json, and, unless that holds a tokenizer, under 'nanogpt' a nanoGPT meta.pkl, or the
-    vocab_size of the meta.json; {} if there is neither file. 'dtype' is there whenever the vocabulary needs uint32. Raises UserError if
-    the folder is missing or a file cannot be trusted. Runs no code from them."""
+class DataSet:
+    """A prepared data set: its folder `path`, its description `meta` (see read_meta), its `tokenizer` and `vocab_size`.
+
+    tokenizer is a spec (see tokenizer.py), or None if only the number of ids is known.
+    """
+
+    def __init__(self, name: str):
+        """name: a folder in data/, see dataset_name. UserError if it is missing or its description is damaged."""
+        self.path = os.path.join('data', dataset_name(name))
+        self.meta = read_meta(self.path)
+        self.tokenizer, self.vocab_size = read_vocabulary(self.meta, self.path)
+
+    def tokens(self, split: str, vocab_size: int | None = None) -> 'Tokens':
+        """Open a split, 'train' or 'val', see Tokens. vocab_size: a smaller one, of a model that lacks the last ids."""
+        return Tokens(self.path, split, self.meta, vocab_size or self.vocab_size)
+
+
+def how_to_prepare(data_dir):
+    """The command that prepares a data set, for error messages."""
+    own_text = os.path.dirname(data_dir) == os.path.join('data', 'text')
+    return 'run python data/text/prepare.py --input=FILE' if own_text else f'run python {data_dir}/prepare.py'
+
+
+def read_meta(data_dir: str) -> dict:
+    """Read the description of a data set -> the content of its meta.json; {} if it has no description.
+
+    If that names no tokenizer, the key 'nanogpt' holds the content of nanoGPT's meta.pkl, or the vocab_size of
+    meta.json. 'dtype' is always set if the vocabulary needs uint32. No code from the files runs. UserError if the
+    folder is missing or a file is damaged.
+    """
     if not os.path.isdir(data_dir):
-        raise UserError(
-            f'there is no data set {data_dir}: run python {data_dir}/prepare.py (data/*/readme.md describe those '
-            'that come with SAMgpt), or check --dataset'
-        )
+        others = sorted(glob.glob('data/*/train*.bin') + glob.glob('data/text/*/train*.bin'))
+        paths = {os.path.basename(os.path.dirname(path)): os.path.dirname(path) for path in others}
+        nearest = difflib.get_close_matches(os.path.basename(data_dir), paths, n=1)
+        hint = f' (did you mean {dataset_name(paths[nearest[0]])}?)' if nearest else ''
+        raise UserError(f'there is no data set {data_dir}: {how_to_prepare(data_dir)}, or check --dataset{hint}')
     meta, path = {}, os.path.join(data_dir, 'meta.json')
     if os.path.exists(path):
-        with user_errors(
-            OSError,
-            ValueError,
-            RecursionError,
-            where=f'{path} is not a data set description (prepare the data again): ',
-        ):
-            with open(path, encoding='utf-8-sig') as file:
-                meta = json.load(file)
+        where = f'{path} is not a data set description (prepare the data again): '
+        with user_errors(OSError, ValueError, RecursionError, where=where), open(path, encoding='utf-8-sig') as file:
+            meta = json.load(file)
             check_meta(meta)
     path = os.path.join(data_dir, 'meta.pkl')
     if 'tokenizer' not in meta and os.path.exists(path):
-        with user_errors(
-            Exception, where=f'{path} is not a nanoGPT meta.pkl: '
-        ):  # a broken pickle raises almost anything
-            with open(path, 'rb') as file:
-                meta['nanogpt'] = unpickle(file.read())
+        where = f'{path} is not a nanoGPT meta.pkl: '
+        with user_errors(Exception, where=where), open(path, 'rb') as file:  # a damaged pickle raises almost anything
+            meta['nanogpt'] = unpickle(file.read())
     elif 'tokenizer' not in meta and 'vocab_size' in meta:
         meta['nanogpt'] = {'vocab_size': meta['vocab_size']}
-    if meta and 'dtype' not in meta:
-        with user_errors(ValueError, where=f'{data_dir}/meta: '):
-            spec = spec_from_meta(meta)
-            if (spec_vocab_size(spec) if spec else meta['nanogpt']['vocab_size']) > 2**16:
-                meta['dtype'] = 'uint32'
+    if meta and 'dtype' not in meta and read_vocabulary(meta, data_dir)[1] > 2**16:
+        meta['dtype'] = 'uint32'
     return meta
 
 
+def read_vocabulary(meta: dict, data_dir: str) -> tuple[dict | None, int]:
+    """The spec of a data set's tokenizer, None if it is unknown, and its vocabulary size. UserError for a bad spec."""
+    with user_errors(ValueError, where=f'{data_dir}/meta: '):
+        spec = spec_from_meta(meta)
+        return spec, spec_vocab_size(spec) if spec else meta['nanogpt']['vocab_size']
+
+
 def check_meta(meta):
-    """Raise ValueError unless what a meta.json tells is of the kinds that it must be, as far as it is told."""
+    """Raise ValueError if the content of a meta.json has a field of the wrong type."""
     if not isinstance(meta, dict):
         raise ValueError('it holds no JSON object')
     if 'vocab_size' in meta and not is_count(meta['vocab_size'], 1):
-        raise ValueError(f"'vocab_size' must be a whole number from 1 on, not {one_line(repr(meta['vocab_size']), 40)}")
+        raise ValueError(f"'vocab_size' must be a positive integer, not {one_line(repr(meta['vocab_size']), 40)}")
     tokens = meta.get('tokens', {})
     if not isinstance(tokens, dict) or not all(map(is_count, tokens.values())):
         raise ValueError(f"'tokens' must be a whole number for train and one for val, not {one_line(repr(tokens), 80)}")
@@ -90,85 +121,86 @@ def check_meta(meta):
 
 
 def is_count(value, least=0):
-    """Is this a whole number, and at least so much?"""
+    """Is this an integer (not a bool) of at least `least`?"""
     return type(value) is int and value >= least
 
 
-def unpickle(content):
-    """The dicts, lists, texts and whole numbers in a pickle; pickle.UnpicklingError, or almost any other, if it is broken or holds anything
-    else. Nothing of it is run, and it gets no more memory than its size can fill."""
-    for opcode, argument, _ in pickletools.genops(content):  # lengths beyond the end are errors here
+def unpickle(content: bytes):
+    """Load a pickle of dicts, lists, strings and numbers without running any code from it.
+
+    It cannot allocate more memory than its own size justifies. pickle.UnpicklingError, or almost any other exception,
+    if it is damaged or holds anything else.
+    """
+    for opcode, argument, _ in pickletools.genops(content):  # raises if a length goes beyond the end
         if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and int(argument) > len(content):
             raise pickle.UnpicklingError('it asks for more memory than it can fill')
     return DataUnpickler(io.BytesIO(content)).load()
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Reads pickled dicts, lists, texts and numbers, whole numbers of numpy's too; refuses whatever else would import a name, and with it
-    run code."""
+    """Unpickles plain data, including numpy integers; refuses to import any other name, which could run code."""
 
     def find_class(self, module, name):
-        if (module, name) in PLAIN:
-            return PLAIN[module, name]
+        if (module, name) in SAFE_IMPORTS:
+            return SAFE_IMPORTS[module, name]
         raise pickle.UnpicklingError(f'it asks to import {module}.{name}; only plain data is read')
 
 
-class WholeNumberType:
-    """Stands for np.dtype in a pickle: of which type of whole numbers, such as 'i8', and in which order of bytes."""
+class IntegerType:
+    """Stands in for np.dtype in a pickle: integers only, such as 'i8'."""
 
     def __init__(self, code, align=False, copy=True):
         if code not in ('i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8'):
             raise pickle.UnpicklingError(
                 f'it holds numbers of numpy type {one_line(repr(code), 40)}; only plain data is read'
             )
-        self.signed, self.order = code[0] == 'i', 'little'
+        self.signed, self.byte_order = code[0] == 'i', 'little'
 
     def __setstate__(self, state):
-        self.order = 'big' if state[1] == '>' else 'little'
+        self.byte_order = 'big' if state[1] == '>' else 'little'
 
 
-def whole_number(kind, content):
-    """Stands for numpy's function that makes a scalar from its bytes."""
-    return int.from_bytes(content, kind.order, signed=kind.signed)
+def integer_from_bytes(integer_type, content):
+    """Stands in for the numpy function that makes a scalar from its bytes."""
+    return int.from_bytes(content, integer_type.byte_order, signed=integer_type.signed)
 
 
-# what a pickle may ask to import, and what it gets instead
-PLAIN = {
-    ('numpy', 'dtype'): WholeNumberType,
-    ('numpy.core.multiarray', 'scalar'): whole_number,
-    ('numpy._core.multiarray', 'scalar'): whole_number,
+# names that a pickle may import -> what it gets instead
+SAFE_IMPORTS = {
+    ('numpy', 'dtype'): IntegerType,
+    ('numpy.core.multiarray', 'scalar'): integer_from_bytes,
+    ('numpy._core.multiarray', 'scalar'): integer_from_bytes,
     ('collections', 'OrderedDict'): dict,
 }
 
 
 class Tokens:
-    """One split on disk, as one long row of ids. `tokens[start:end]` is a row across shards; len(tokens) counts them."""
+    """The token ids of a split on disk, as one array across its shards: tokens[start:end] and len(tokens) work."""
 
-    def __init__(self, data_dir, split, meta, vocab_size=None):
-        """meta: from read_meta. vocab_size: ids must lie below it. Raises UserError for files that are missing, empty,
-        cut short, of another size than meta tells, or hold ids out of range."""
+    def __init__(self, data_dir: str, split: str, meta: dict, vocab_size: int | None = None):
+        """Open a split and check it.
+
+        data_dir: the folder of the data set.
+        split: 'train' or 'val'.
+        meta: from read_meta.
+        vocab_size: ids at or above it are an error; None: ids are not checked.
+        UserError if files are missing, empty, truncated, not as long as meta says, or hold invalid ids.
+        """
         dtype = meta.get('dtype', 'uint16')
         if dtype not in ('uint16', 'uint32'):
             raise UserError(f"{data_dir}/meta.json: 'dtype' is {one_line(repr(dtype), 40)}, must be uint16 or uint32")
         self.vocab_size = vocab_size
         self.name = os.path.join(data_dir, f'{split}.bin')
-        self.paths = (
-            [self.name]
-            if os.path.exists(self.name)
-            else sorted(
-                glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')), key=lambda path: (len(path), path)
-            )
-        )  # 1000 after 999
+        self.paths = [self.name] if os.path.exists(self.name) else shard_paths(data_dir, split)
         if not self.paths:
             if os.path.isdir(os.path.join(data_dir, 'preparing')):
                 raise UserError(
-                    f'{self.name} is missing: its preparation is not finished, the command that began it goes on with it'
+                    f'{self.name} is missing: its preparation is not finished; run the command that started it again'
                 )
-            raise UserError(f'{self.name} is missing: run python {data_dir}/prepare.py')
+            raise UserError(f'{self.name} is missing: {how_to_prepare(data_dir)}')
         self.dtype = np.dtype(dtype).newbyteorder('<')
-        self.ends = np.cumsum(
-            [shard_length(path, self.dtype) for path in self.paths]
-        ).tolist()  # of the shards, in the row
+        lengths = [shard_length(path, self.dtype) for path in self.paths]
+        self.ends = np.cumsum(lengths).tolist()  # the offset at which each shard ends
         self.open_shard = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
         expected = meta.get('tokens', {}).get(split)
         if expected is None:
@@ -181,38 +213,38 @@ class Tokens:
     def __len__(self):
         return self.ends[-1]
 
-    def __getitem__(self, span):
-        row = np.empty(span.stop - span.start, dtype=self.dtype)
-        self.read(span.start, row)
-        return row
+    def __getitem__(self, span: slice) -> np.ndarray:
+        ids = np.empty(span.stop - span.start, dtype=self.dtype)
+        self.read(span.start, ids)
+        return ids
 
-    def read(self, start, row):
-        """Fill a row with the ids from `start` on, across shards."""
-        while len(row):
+    def read(self, start, ids):
+        """Fill the array `ids` with the ids at the offset `start`, across shards."""
+        while len(ids):
             n = bisect.bisect_right(self.ends, start)
-            first = self.ends[n - 1] if n else 0
-            piece = row[: self.ends[n] - start]
+            shard_start = self.ends[n - 1] if n else 0
+            piece = ids[: self.ends[n] - start]
             file = self.open_shard(self.paths[n])
-            file.seek((start - first) * row.itemsize)
+            file.seek((start - shard_start) * ids.itemsize)
             try:
                 n_bytes = file.readinto(piece)
-            except OSError as error:
+            except OSError as error:  # not user_errors: this runs for every sequence of every batch
                 raise UserError(f'cannot read {file.name}: {error.strerror}') from error
             if n_bytes != piece.nbytes:
                 raise UserError(f'{file.name} has become shorter since it was opened: prepare the data again')
-            start, row = start + len(piece), row[len(piece) :]
+            start, ids = start + len(piece), ids[len(piece) :]
 
     def check_width(self):
-        """Raise UserError if every second id is 0, as in a file of wider ids than it was taken for. For where no sizes are told."""
+        """Raise UserError if every second id is 0, as when uint32 is read as uint16. For data sets that lack sizes."""
         ids = self[0 : min(CHECKED_AT_ONCE, len(self))]
         if np.count_nonzero(ids) >= 64 and not ids[1::2].any():
             raise UserError(
-                f'{self.name}: every second id is 0, so they seem to be stored in more bytes than {self.dtype.name}: tell the '
-                'right "dtype", uint16 or uint32, in meta.json, or, if this is right, "tokens": {"train": …, "val": …}, too'
+                f'{self.name}: every second id is 0, so they seem to be stored in more bytes than {self.dtype.name}: '
+                'set "dtype" in meta.json to uint16 or uint32, or, if it is right, add "tokens": {"train": …, "val": …}'
             )
 
     def check_ids(self):
-        """Raise UserError if an id at or above vocab_size is found: in all of a split, or in MAX_IDS_CHECKED of a larger one."""
+        """Raise UserError if an id is at or above vocab_size; a split over MAX_IDS_CHECKED is checked in pieces."""
         stride = CHECKED_AT_ONCE * max(1, -(-len(self) // MAX_IDS_CHECKED))
         for start in range(0, len(self), stride):
             largest = int(self[start : min(start + CHECKED_AT_ONCE, len(self))].max())
@@ -223,42 +255,49 @@ class Tokens:
                     'it was prepared with another tokenizer; prepare the data again'
                 )
 
-    def windows(self, starts, length):
-        """Windows at the given offsets -> int64 array (len(starts), length). UserError for an id out of range."""
+    def windows(self, starts, length: int) -> np.ndarray:
+        """Read a window of tokens at each offset -> int64 (len(starts), length). UserError for an invalid id."""
         rows = np.empty((len(starts), length), dtype=self.dtype)
         for start, row in zip(np.asarray(starts, dtype=np.int64).tolist(), rows):
             self.read(start, row)
         rows = rows.astype(np.int64)
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
             raise UserError(
-                f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: prepare the data again'
+                f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: '
+                'prepare the data again'
             )
         return rows
 
-    def require_window(self, block_size):
-        """Raise UserError unless at least one window fits."""
+    def require_window(self, block_size: int):
+        """Raise UserError if the split is shorter than one sequence."""
         if len(self) <= block_size:
             raise UserError(
-                f'{self.name} holds {len(self)} tokens, too few for one window of block_size + 1 = {block_size + 1}: '
+                f'{self.name} holds {len(self)} tokens, too few for one sequence of block_size + 1 = {block_size + 1}: '
                 f'lower --block_size or prepare more text'
             )
 
 
+def shard_paths(data_dir, split):
+    """The shards of a split in order: train_000.bin, train_001.bin, …; 1000 comes after 999."""
+    paths = glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin'))
+    return sorted(paths, key=lambda path: (len(path), path))
+
+
 def open_shard(path):
-    """A file for reading at any place; without a buffer, which would read more than a window."""
+    """Open a file for random access, unbuffered: a buffer would read more than a window each time."""
     with user_errors(OSError, where=f'cannot read {path}: '):
         return open(path, 'rb', buffering=0)
 
 
 def shard_length(path, dtype):
-    """How many ids a file holds. UserError if none, not a whole number of them, or it cannot be read."""
+    """Number of ids in a file. UserError if it is empty, truncated or cannot be read."""
     with user_errors(OSError, ValueError, where=f'cannot read {path}: '):
         size = os.path.getsize(path)
         if size == 0:
             raise ValueError('it is empty; prepare the data again')
         with open_shard(path) as file:
             if file.read(6) == b'\x93NUMPY':
-                raise ValueError("it is a .npy file, not bare ids: write it by numpy's tofile")
+                raise ValueError("it is a .npy file, not raw ids: write it with numpy's tofile")
         if size % dtype.itemsize:
             raise ValueError(
                 f'{size} bytes are not a whole number of {dtype.name} ids, so it was cut short; prepare the data again'
@@ -266,56 +305,64 @@ def shard_length(path, dtype):
     return size // dtype.itemsize
 
 
-def random_words(n, *key):
-    """n pseudo-random 64-bit words, a function of the key alone: numpy promises that these bit streams never change."""
+def random_words(n: int, *key: int) -> np.ndarray:
+    """n pseudo-random 64-bit integers, a function of the key alone: numpy guarantees these streams never change."""
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
 
 
 class TrainBatches:
-    """The training order of one rank.
-
-    A step's global batch is `micro_batches` micro-batches of `batch_size` windows. ramp, (first, steps): it begins with `first`
-    of them and grows linearly over so many steps, in multiples of `first`. order 'random': windows start anywhere,
-    as in nanoGPT. order 'shuffle': an epoch cuts the split into windows side by side, at an offset of its own, and takes
-    each once in an order of its own. Of the global batch, rank r of w takes every w-th micro-batch, beginning with the r-th.
-    end_of_text: with the id that ends documents, a window moves on to where one begins, if one does within block_size tokens.
-    taken: windows that the run has taken before `step`, for one that had other batches until then; None: as these batches would have.
-    """
+    """The training batches of one rank, step after step."""
 
     def __init__(
         self,
-        tokens,
-        block_size,
-        batch_size,
-        micro_batches,
-        seed,
-        order,
-        ranks,
-        device,
-        step=0,
-        ramp=(0, 0),
-        end_of_text=None,
-        taken=None,
+        tokens: Tokens,
+        block_size: int,
+        batch_size: int,
+        micro_batches: int,
+        seed: int,
+        order: str,
+        ranks: Ranks,
+        device: torch.device,
+        step: int = 0,
+        ramp: tuple[int, int] = (0, 0),
+        end_of_text: int | None = None,
+        taken: int | None = None,
     ):
+        """Start at a step; nothing before it is read.
+
+        tokens: the training split.
+        block_size: tokens per sequence.
+        batch_size: sequences per micro-batch.
+        micro_batches: micro-batches per step, all ranks together.
+        seed: of the order.
+        order: 'random': sequences start anywhere, as in nanoGPT. 'shuffle': every epoch takes every sequence once; it
+            cuts the split into adjacent sequences, at an offset and in an order of its own.
+        ranks: of w ranks, rank r takes the micro-batches r, r + w, r + 2w, … of each step.
+        device: where to put the batches.
+        step: the first step.
+        ramp: (first, steps): the number of micro-batches grows linearly from `first` over `steps` steps, in multiples
+            of it.
+        end_of_text: the id that ends a document; a sequence then moves forward to the start of the next document if
+            that is less than block_size tokens away. None: sequences stay where they are.
+        taken: sequences that the run took before `step`; None: computed from the present batch settings.
+        """
         tokens.require_window(block_size)
         self.end_of_text = end_of_text
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.order, self.ranks, self.device = seed, order, ranks, device
         first, steps = ramp
-        self.ramp = [
-            first + (micro_batches - first) * s // steps // first * first for s in range(steps)
-        ]  # micro-batches of each step
-        self.ramp.append(micro_batches)  # and of all further ones
+        self.ramp = [first + (micro_batches - first) * s // steps // first * first for s in range(steps)]
+        self.ramp.append(micro_batches)  # micro-batches of each step of the ramp, then of all further steps
         self.ramp_starts = np.cumsum([0, *self.ramp])  # micro-batches before each step
-        self.step, self.micro = step, ranks.rank  # what next() takes next
-        self.lead = 0  # windows that were taken beside those which these batches would have
+        self.step, self.micro = step, ranks.rank  # what next() returns next
+        self.lead = 0  # sequences taken before `step` beyond those of batches of the present size
         if taken is not None:
             self.lead = taken - self.taken(step)
         self.cached_step, self.cached_starts = None, None
-        self.epochs = {}  # the orders of the last two epochs: a step may end one and begin the next
+        self.epochs = {}  # epoch -> its shuffled starts, of the last two: a step may end one and start the next
 
-    def next(self):
-        """The next micro-batch of this rank -> x, y: int64 (batch_size, block_size) on the device, y one token further."""
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next micro-batch of this rank, on the device -> x, y: inputs, targets, int64 (batch_size, block_size)."""
         if self.step != self.cached_step:
             self.cached_step, self.cached_starts = self.step, self.window_starts(self.step)
         starts = self.cached_starts[self.micro * self.batch_size :][: self.batch_size]
@@ -327,62 +374,61 @@ class TrainBatches:
         return to_device(self.tokens.windows(starts, self.block_size + 1), self.device)
 
     def document_starts(self, starts):
-        """Offsets of windows, moved on to the first beginning of a document within block_size tokens, where there is one and a window
-        fits behind it."""
+        """Move offsets forward to the next start of a document, where it is near and a full sequence follows it."""
         starts = starts.astype(np.int64)
-        before = self.tokens.windows(
-            np.maximum(starts - 1, 0), self.block_size
-        )  # a document begins behind another's end
-        moved = starts + ((before == self.end_of_text) & (starts > 0)[:, None]).argmax(axis=1)
+        previous = self.tokens.windows(np.maximum(starts - 1, 0), self.block_size)  # a document follows an end_of_text
+        moved = starts + ((previous == self.end_of_text) & (starts > 0)[:, None]).argmax(axis=1)
         return np.where(moved < len(self.tokens) - self.block_size, moved, starts)
 
-    def micro_batches_at(self, step):
-        """Micro-batches in the global batch of a step."""
+    def micro_batches_at(self, step: int) -> int:
+        """Micro-batches of a step, all ranks together."""
         return self.ramp[min(step, len(self.ramp) - 1)]
 
-    def taken(self, step):
-        """Windows that the run has taken before a step: the place of the step in the order 'shuffle'."""
+    def taken(self, step: int) -> int:
+        """Sequences that the run takes before a step; with order 'shuffle', its position in the epochs."""
         ramp_end = len(self.ramp) - 1
         micro_batches = self.ramp_starts[min(step, ramp_end)] + max(0, step - ramp_end) * self.ramp[-1]
         return int(micro_batches) * self.batch_size + self.lead
 
     def window_starts(self, step):
-        """Offsets of the windows in the global batch of a step -> int array (micro_batches_at(step) * batch_size,)."""
+        """Offsets of the sequences in the global batch of a step -> int (micro_batches_at(step) * batch_size,)."""
         size = self.micro_batches_at(step) * self.batch_size
         if self.order == 'random':
             return random_words(size, self.seed, step) % np.uint64(len(self.tokens) - self.block_size)
-        n_windows = max(1, len(self.tokens) // self.block_size - 1)  # fit at any offset up to a window's length
+        per_epoch = max(1, len(self.tokens) // self.block_size - 1)  # one less, so that they fit at any offset
         starts, position = [], self.taken(step)
         end = position + size
         while position < end:
-            epoch, first = divmod(position, n_windows)
-            starts.append(self.shuffled_starts(epoch, n_windows)[first : first + end - position])
+            epoch, i = divmod(position, per_epoch)
+            starts.append(self.shuffled_starts(epoch, per_epoch)[i : i + end - position])
             position += len(starts[-1])
         return np.concatenate(starts)
 
-    def shuffled_starts(self, epoch, n_windows):
-        """Offsets of an epoch's windows in its order -> int array (n_windows,)."""
+    def shuffled_starts(self, epoch, n):
+        """Offsets of an epoch's n sequences, shuffled -> int (n,)."""
         if epoch not in self.epochs:
-            words = random_words(n_windows + 1, self.seed, epoch, 1)
-            offset = int(words[-1]) % min(self.block_size, len(self.tokens) - n_windows * self.block_size)
+            words = random_words(n + 1, self.seed, epoch, 1)
+            offset = int(words[-1]) % min(self.block_size, len(self.tokens) - n * self.block_size)
             starts = np.argsort(words[:-1], kind='stable') * self.block_size + offset
-            self.epochs = {e: order for e, order in self.epochs.items() if e == epoch - 1} | {epoch: starts}
+            self.epochs = {e: kept for e, kept in self.epochs.items() if e == epoch - 1} | {epoch: starts}
         return self.epochs[epoch]
 
 
-def text_checksum(tokens, pieces=64, length=2048):
-    """A number that tells one text from another: CRC-32 of how many tokens there are, and of so many pieces spread over them."""
+def text_checksum(tokens: Tokens, pieces: int = 64, length: int = 2048) -> int:
+    """CRC-32 of a split's length and of evenly spaced pieces of it, to notice that a data set has changed."""
     crc = zlib.crc32(str(len(tokens)).encode())
     for start in np.linspace(0, max(0, len(tokens) - length), pieces, dtype=np.int64).tolist():
         crc = zlib.crc32(tokens[start : min(start + length, len(tokens))].tobytes(), crc)
     return crc
 
 
-def eval_batches(tokens, block_size, batch_size, n_batches, ranks, device):
-    """Yield this rank's share of the evaluation: x, y as in training, y = -1 in rows that only fill up the last batch.
+def eval_batches(
+    tokens: Tokens, block_size: int, batch_size: int, n_batches: int, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's evaluation batches: x, y as in training; y is -1 in the rows that pad the last batch.
 
-    The windows are the same at every call: up to n_batches * batch_size of them, side by side where that covers the split,
-    evenly spread over it otherwise. Batch j belongs to rank j mod world_size.
+    The sequences are the same at every call: at most n_batches * batch_size, adjacent if they cover the split, else
+    evenly spaced. Of w ranks, rank r takes the batches r, r + w, r + 2w, ….
     """
     tokens.require_window(block_size)
     available = (len(tokens) - 1) // block_size
@@ -390,14 +436,56 @@ def eval_batches(tokens, block_size, batch_size, n_batches, ranks, device):
     starts = np.arange(count) * available // count * block_size
     for first in range(ranks.rank * batch_size, count, ranks.world_size * batch_size):
         rows = tokens.windows(starts[first : first + batch_size], block_size + 1)
-        padding = np.full((batch_size - len(rows), block_size + 1), -1)  # one shape for all, so that nothing recompiles
+        padding = np.full((batch_size - len(rows), block_size + 1), -1)  # one shape for all: nothing recompiles
         x, y = to_device(np.concatenate((rows, padding)), device)
         yield x.clamp_min(0), y
 
 
 def to_device(rows, device):
-    """Windows (B, T + 1) -> inputs and targets, (B, T) each, on the device."""
+    """Split windows (B, T + 1) into inputs and targets, (B, T) each, on the device."""
     x, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
-    if device.type == 'cuda':  # pinned memory lets the copy run while the host goes on
+    if device.type == 'cuda':  # pinned memory: the copy overlaps with what the host does next
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
+
+
+def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainBatches:
+    """The TrainBatches that a run's settings describe.
+
+    data: the DataSet. tokens: its training split. config: settings as in train.py. step, taken: as in TrainBatches.
+    UserError if --align_documents=True finds no token that ends a document.
+    """
+    end_of_text = None
+    if config['align_documents']:
+        end_of_text = spec_end_of_text(data.tokenizer) if data.tokenizer else None
+        if end_of_text is None:
+            raise UserError(f'--align_documents=True: {data.path} has no token that ends a document')
+    micro_batches, first = config['gradient_accumulation_steps'], config['batch_ramp_from']
+    return TrainBatches(
+        tokens,
+        config['block_size'],
+        config['batch_size'],
+        micro_batches,
+        config['seed'],
+        config['data_order'],
+        ranks,
+        device,
+        step,
+        ramp=(first or micro_batches, config['batch_ramp_iters']),
+        end_of_text=end_of_text,
+        taken=taken,
+    )
+
+
+def check_global_batch(config, world_size: int):
+    """UserError unless the micro-batches of every step can be divided among the ranks, while they grow too."""
+    micro_batches, first = config['gradient_accumulation_steps'], config['batch_ramp_from']
+    if bool(first) != bool(config['batch_ramp_iters']):
+        raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')
+    if first and micro_batches % first:
+        raise UserError(f'--batch_ramp_from={first}: must divide --gradient_accumulation_steps={micro_batches}')
+    for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
+        if config[key] % world_size:
+            lower = config[key] // world_size * world_size
+            use = f'{lower} or {lower + world_size}' if lower else world_size
+            raise UserError(f'--{key}={config[key]} cannot be divided among {world_size} ranks: use {use}')

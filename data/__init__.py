@@ -1,2 +1,4 @@
-"""What the scripts that prepare data share. This file makes the folder a package: a folder without one gives way to any other package of
-the name, anywhere on Python's path."""
+"""Modules that the prepare.py scripts share.
+
+This file makes the folder a regular package: without it, any other package called `data` on Python's path would win.
+"""

@@ -1,4 +1,4 @@
-"""Fetching a file that a data set is made from, once, and checking that it is the right one."""
+"""Download the file that a data set is made from, once, and check it."""
 
 import hashlib
 import os
@@ -11,22 +11,26 @@ SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
-def download(url, path, sha256, tries=3, timeout=10):
-    """Fetch url to path unless it is there already, with a progress bar; the file appears only once it is whole and its
-    SHA-256 is right. timeout: seconds of silence that end a try. Raises UserError when every try has failed."""
+def download(url: str, path: str, sha256: str, tries: int = 3, timeout: float = 10):
+    """Download url to path, unless the file is there already, with a progress bar.
+
+    url: where to download from.
+    path: where to store it; the file appears only when it is complete and its checksum is right.
+    sha256: of its content, hexadecimal.
+    tries: attempts before giving up with a UserError.
+    timeout: seconds without any data after which an attempt ends.
+    """
     if os.path.exists(path):
         if file_sha256(path) == sha256:
             return
         raise UserError(
-            f'{path} is there already and is not what {url} holds: move it away, or give it as --input={path}'
+            f'{path} is there already, but it is not the file at {url}: move it away, or use it with --input={path}'
         )
     try:
         import requests
         from tqdm import tqdm
     except ImportError as error:
-        raise UserError(
-            f'downloading needs the package {error.name}: pip install {error.name}, or give --input=FILE'
-        ) from error
+        raise UserError(f'downloading needs {error.name}: pip install {error.name}, or give --input=FILE') from error
     for attempt in range(tries):
         try:
             with requests.get(url, stream=True, timeout=timeout) as response:
@@ -39,18 +43,18 @@ def download(url, path, sha256, tries=3, timeout=10):
                         digest.update(chunk)
                         bar.update(len(chunk))
                     if digest.hexdigest() != sha256:
-                        raise OSError('what arrived has another checksum than expected')
+                        raise OSError('the checksum of the downloaded file is wrong')
             return
         except (requests.RequestException, OSError) as error:
             problem = error
             if attempt < tries - 1:
                 time.sleep(attempt + 1)
     raise UserError(
-        f'cannot download {url}: {one_line(str(problem), 120)}; try again, or give the text with --input=FILE'
+        f'cannot download {url}: {one_line(str(problem), 120)}; try again, or use a local copy with --input=FILE'
     )
 
 
 def file_sha256(path):
-    """SHA-256 of a file, as hexadecimal text."""
+    """SHA-256 of a file, hexadecimal."""
     with open(path, 'rb') as file:
         return hashlib.sha256(file.read()).hexdigest()

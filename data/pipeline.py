@@ -1,13 +1,14 @@
-"""From text to token files: read, split, encode on all cores, write. Every data set's prepare.py is a call of write_dataset.
+"""From text to token files: read, split, encode on all cores, write. Every prepare.py calls write_dataset.
 
-Memory holds a few units of text (see sources.py), whatever the size of the whole. While it is made, a data set lies in its folder's
-`preparing/`, where training does not look:
-    setup.json                       what is being prepared, and by which tokenizer
-    progress.json                    up to where, replaced every few seconds, after what it counts is on the disk
-    train_000.bin, …, val_000.bin    ids so far; what a crash left behind the counted ones is cut off
-    meta.json                        the description, when all is encoded
-The same command goes on from there. When all is done, an earlier preparation's files are deleted and the new ones move up, meta.json
-first: until the last one has moved, some are missing, and training refuses; and the same command again moves the rest.
+Memory holds a few units of text (see sources.py), however large the input. An unfinished data set is kept in the folder
+`preparing/` inside its own, where training does not look:
+    setup.json                       the settings and the tokenizer
+    progress.json                    how far it is; rewritten every few seconds, after the ids it counts are on the disk
+    train_000.bin, …, val_000.bin    the ids so far; after a crash, those that progress.json does not count are cut off
+    meta.json                        the description of the data set, once all text is encoded
+After an interruption the same command continues there. At the end, the token files of an earlier data set are deleted
+and the new files move to their place, meta.json first. If that is interrupted, some token files are missing and
+training refuses to start, until the same command has moved the rest.
 """
 
 import hashlib
@@ -25,34 +26,47 @@ from tqdm import tqdm
 
 from common.errors import UserError, user_errors
 from common.files import LOCK, lock_folder, unlock_folder, written_whole
-from data.sources import pieces_of
+from data.sources import Documents, Files, Hub, pieces_of
 from data.worker import Job, Workers, split_of
 from tokenizer import CharTokenizer, load_tokenizer, read_tokenizer, spec_end_of_text, train_bpe
 
+Source = Documents | Files | Hub
 SPLITS = ('train', 'val')
 KINDS = ('char', 'byte', 'gpt2', 'bpe')
-SAVE_SECONDS = 2.0  # of work that a crash can cost
-BPE_SAMPLE = 50_000_000  # characters that a BPE is learned from. Its different words are kept in memory, some 350 bytes a letter, and
-LONG_RUN_COST = 50  # text without spaces has nothing but different words: each letter in a long run takes as much of the sample as so many
-LONG_RUN = re.compile(r'\w{16,}')
+SAVE_SECONDS = 2.0  # of work that a crash can lose
+BPE_SAMPLE = 50_000_000  # characters to train a BPE on: the trainer stores every different word, 350 bytes per letter
+LONG_RUN = re.compile(r'\w{16,}')  # text without spaces has no words that repeat,
+LONG_RUN_COST = 50  # so each letter of a long run counts as this many characters
 
 
-def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000, max_tokens=0, workers=0):
-    """Prepare a data set in out_dir: token files and meta.json. The same text and settings give the same bytes, whatever the number of
-    workers, and however often it was interrupted.
+def write_dataset(
+    out_dir: str,
+    source: Source,
+    kind: str,
+    vocab_size: int = 0,
+    shard_tokens: int = 100_000_000,
+    max_tokens: int = 0,
+    workers: int = 0,
+):
+    """Prepare a data set: token files and meta.json.
 
-    source: of sources.py. kind: 'char', a line end after each document; 'byte', 'gpt2', 'bpe' (trained on the text, vocab_size ids), or the
-    path of a Hugging Face tokenizer, see tokenizer.read_tokenizer, the end-of-text token after each; a single text has nothing after it.
-    shard_tokens: ids in a file, 0 for all in one. max_tokens: stop behind so many train tokens, or some more, 0 for all. workers:
-    processes, 0 for one a core. UserError for what a person can mend.
+    The same text and settings give the same bytes, for any number of workers and interruptions. After each document
+    comes the end-of-text token, for 'char' a line end; after a single text, nothing.
+
+    out_dir: its folder.
+    source: the text, see sources.py.
+    kind: the tokenizer: 'char', 'byte', 'gpt2', 'bpe' (trained on the text), or the path of a Hugging Face tokenizer.
+    vocab_size: for 'bpe'.
+    shard_tokens: ids per file; 0: all in one file.
+    max_tokens: stop after the unit that reaches this many train tokens; 0: take everything.
+    workers: processes; 0: one per core.
+    UserError for whatever a person can fix.
     """
     for name, value in (('shard_tokens', shard_tokens), ('max_tokens', max_tokens), ('workers', workers)):
         if value < 0:
             raise UserError(f'--{name}={value}: must be 0 or more')
     if max_tokens and source.cut is not None:
-        raise UserError(
-            '--max_tokens: takes the first of many documents; of a single text, or a few, cut off what you do not want'
-        )
+        raise UserError('--max_tokens: takes the first of many documents; shorten a single text, or a few, by hand')
     spec = None if kind in KINDS else read_foreign(kind, source)
     which = hashlib.sha256(json.dumps(spec).encode()).hexdigest() if spec else kind
     vocab_size = vocab_size if kind == 'bpe' else 0
@@ -61,21 +75,21 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
         folder = os.path.join(out_dir, 'preparing')
         os.makedirs(folder, exist_ok=True)
         if not lock_folder(folder):
-            raise UserError(f'{folder} is being worked on by another process: wait for it, or end it')
+            raise UserError(f'{folder} is in use by another process: wait for it, or end it')
         try:
             meta = prepare(folder, source, kind, spec, settings, workers)
             check_shards(folder, out_dir, meta, shard_tokens)
             if not os.path.exists(os.path.join(folder, 'meta.json')):
-                for name in os.listdir(out_dir):  # from here on, training finds nothing until all is in place
+                for name in os.listdir(out_dir):  # until the new files are in place, training finds none
                     if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
                         os.remove(os.path.join(out_dir, name))
                 write_json(os.path.join(folder, 'meta.json'), meta)
             publish(folder, out_dir, meta, shard_tokens)
         except (UserError, KeyboardInterrupt) as error:
-            if not os.path.exists(os.path.join(folder, 'progress.json')):  # there is nothing to go on from
+            if not os.path.exists(os.path.join(folder, 'progress.json')):  # there is nothing to continue
                 discard(folder)
                 with suppress(OSError):
-                    os.rmdir(out_dir)  # if it was made for this
+                    os.rmdir(out_dir)  # unless it has other files
                 if isinstance(error, KeyboardInterrupt):
                     print('\ninterrupted; nothing was encoded yet, the same command starts again', file=sys.stderr)
             raise
@@ -88,10 +102,11 @@ def write_dataset(out_dir, source, kind, vocab_size=0, shard_tokens=100_000_000,
 
 
 def read_foreign(path, source):
-    """The spec of a Hugging Face tokenizer, given by its folder or its tokenizer.json, that a source is to be encoded with."""
+    """Read the Hugging Face tokenizer at --tokenizer=path -> its spec. UserError if it cannot encode the source."""
     if not os.path.exists(path):
         raise UserError(
-            f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, or its folder'
+            f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, '
+            'or its folder'
         )
     spec = read_tokenizer(path)
     if not spec:
@@ -100,26 +115,24 @@ def read_foreign(path, source):
         )
     if not source.single and spec_end_of_text(spec) is None:
         raise UserError(
-            f'--tokenizer={path}: there is no telling which token ends a document: name it as "eos_token" in a '
+            f'--tokenizer={path}: it does not say which token ends a document: name it as "eos_token" in a '
             'tokenizer_config.json beside the tokenizer'
         )
     return spec
 
 
 def prepare(folder, source, kind, spec, settings, workers):
-    """Encode a source into a folder, or what is left of it, if the folder was begun with the same settings -> the description."""
+    """Encode a source into a folder, or the rest of it if it was started with the same settings -> the description."""
     *_, vocab_size, shard_tokens, max_tokens = settings
     setup = read_json(os.path.join(folder, 'setup.json'), {'settings': list, 'tokenizer': dict})
     if setup and setup['settings'] != settings:
-        print(f'{folder} holds an unfinished preparation of other text or with other settings: starting anew')
+        print(f'{folder} holds an unfinished preparation of other text or with other settings: starting over')
         setup = None
     if not setup:
         for entry in os.scandir(folder):
             if entry.name != LOCK:
-                with suppress(
-                    OSError
-                ):  # NFS keeps what is open elsewhere; one that is in the way is told of when it is to be written
-                    delete = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove
+                delete = shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove
+                with suppress(OSError):  # NFS keeps files that are open elsewhere; one in our way fails on writing
                     delete(entry.path)
         setup = {'settings': settings, 'tokenizer': spec or make_tokenizer(kind, source, vocab_size)}
         write_json(os.path.join(folder, 'setup.json'), setup)
@@ -128,20 +141,20 @@ def prepare(folder, source, kind, spec, settings, workers):
 
 
 def make_tokenizer(kind, source, vocab_size):
-    """The spec of the tokenizer for a source; 'char' reads all of it, 'bpe' learns from BPE_SAMPLE characters of the training text."""
+    """Make the tokenizer for a source -> its spec. 'char' reads all of it, 'bpe' a sample of its training text."""
     if kind == 'char':
         characters = set() if source.single else {'\n'}
-        for piece in progress_over(source, source.units(), 'reading'):
+        for piece in pieces_with_progress(source, source.units(), 'reading'):
             characters.update(piece.text)
         return CharTokenizer.train(characters).spec()
     if kind == 'bpe':
-        print(f'learning a vocabulary of {vocab_size:,} ...', flush=True)
-        return train_bpe(learning_texts(source), vocab_size)
+        print(f'training a BPE with a vocabulary of {vocab_size:,} ...', flush=True)
+        return train_bpe(bpe_sample(source), vocab_size)
     return {'kind': kind}
 
 
-def learning_texts(source):
-    """Yield texts to learn a BPE from: the beginning of the training text of each of the source's parts."""
+def bpe_sample(source):
+    """Yield texts to train a BPE on: BPE_SAMPLE characters, taken from the beginning of each part of the source."""
     for part in range(source.parts):
         left = BPE_SAMPLE // source.parts
         for text in train_texts(source, part):
@@ -152,7 +165,7 @@ def learning_texts(source):
 
 
 def train_texts(source, part, length=10000):
-    """Yield the training text of a part of a source in pieces of so many characters."""
+    """Yield the training text of a part of a source in pieces of at most `length` characters."""
     for unit in source.units(part=part):
         for piece in pieces_of(unit, source.text_key):
             if split_of(piece, threshold_of(source))[0] == 'train':
@@ -160,8 +173,8 @@ def train_texts(source, part, length=10000):
                     yield piece.text[start : start + length]
 
 
-def progress_over(source, units, what):
-    """Yield the pieces of the units under a progress bar."""
+def pieces_with_progress(source, units, what):
+    """Yield the pieces of the units and show a progress bar."""
     with tqdm(total=source.total, unit='B', unit_scale=True, desc=what, delay=1) as bar:
         for unit in units:
             yield from pieces_of(unit, source.text_key)
@@ -169,17 +182,18 @@ def progress_over(source, units, what):
 
 
 def threshold_of(source):
-    """Documents whose hash is below it are for validation."""
+    """Documents with a hash below this go to validation."""
     return int(source.val_fraction * 2**64)
 
 
 def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
-    """Encode the whole source into shards in a folder, from where progress.json tells -> the data set's description."""
-    with user_errors(ValueError, where=f'{folder}/setup.json is damaged, delete {folder} to start anew: '):
+    """Encode a source into shards in a folder, continuing at its progress.json -> the description of the data set."""
+    with user_errors(ValueError, where=f'{folder}/setup.json is damaged, delete {folder} to start over: '):
         tokenizer = load_tokenizer(spec)
-    separator = (
-        [] if source.single else tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
-    )
+    if source.single:
+        separator = []
+    else:
+        separator = tokenizer.encode('\n').tolist() if spec['kind'] == 'char' else [tokenizer.end_of_text]
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
     threshold = threshold_of(source)
     while True:
@@ -189,15 +203,15 @@ def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
         source.check_unchanged()
         if all(split['tokens'] for split in made.state['splits'].values()):
             break
-        # so few documents that one split got none: once more, with a threshold that gives it the one nearest to it
+        # With few documents, one split may get none: start over with a threshold that moves the nearest one into it.
         smallest, largest = made.state['hashes'] or (0, 0)
         made.forget()
         if not any(split['tokens'] for split in made.state['splits'].values()):
             raise UserError('there is no text in the input')
         if smallest == largest:
             raise UserError(
-                'the input holds fewer than two different documents, too few to split into training and validation text; '
-                'a single text is split if it is given as a text file'
+                'the input holds fewer than two different documents, too few to split into training and validation '
+                'text; give a single text as a text file, which can be split'
             )
         threshold = min(max(threshold, smallest + 1), largest)
     numbers = {
@@ -208,58 +222,55 @@ def encode_all(folder, source, spec, shard_tokens, max_tokens, workers):
 
 
 def encode_rest(source, job, made, workers):
-    """Encode what is left of a source and add it to what has been made."""
+    """Encode the rest of a source and add it to what is already made."""
     started = saved = time.perf_counter()
     tokens_before, done = made.train_tokens, made.progress
     if done:
-        print(f'going on after {done / 1e6:,.1f} MB')
-    n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+        print(f'continuing after {done / 1e6:,.1f} MB')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     bar = tqdm(total=source.total, initial=done, unit='B', unit_scale=True, desc='encoding', delay=1)
     try:
-        with bar, Workers(job, n_workers) as crew:
-            for unit, encoded in crew.map(() if made.is_full else source.units(made.state['position'])):
+        with bar, Workers(job, workers or cores) as pool:
+            for unit, encoded in pool.map(() if made.is_full else source.units(made.state['position'])):
                 made.take(unit, encoded)
                 now = time.perf_counter()
-                if saved == started:  # the first in this process
+                if saved == started:  # the first unit of this process
                     made.check_disk(source.total)
                 if now - saved > SAVE_SECONDS or saved == started:
                     made.save()
                     saved = now
                 if made.max_tokens:
-                    bar.total = min(
-                        source.total or sys.maxsize, made.progress * made.max_tokens // max(1, made.train_tokens)
-                    )
-                bar.set_postfix_str(
-                    f'{(made.train_tokens - tokens_before) / (now - started) / 1e6:.2f}M tokens/s', refresh=False
-                )
+                    needed = made.progress * made.max_tokens // max(1, made.train_tokens)
+                    bar.total = min(source.total or sys.maxsize, needed)
+                tokens_per_second = (made.train_tokens - tokens_before) / (now - started)
+                bar.set_postfix_str(f'{tokens_per_second / 1e6:.2f}M tokens/s', refresh=False)
                 bar.update(made.progress - bar.n)
                 if made.is_full:
                     break
         made.save()
     except KeyboardInterrupt:
         made.save()
-        print('\ninterrupted; the same command goes on from here', file=sys.stderr)
+        print('\ninterrupted; the same command continues from here', file=sys.stderr)
         raise
     finally:
         made.close()
 
 
 class Made:
-    """What has been encoded so far: the shards, and in `state`, which progress.json keeps, how far they go."""
+    """The shards made so far, and `state`, which progress.json keeps: how far they go."""
 
     def __init__(self, folder, itemsize, shard_tokens, max_tokens, threshold):
-        """Where progress.json tells, or else at the start, with this threshold between the splits."""
+        """Continue at progress.json, or start with this threshold between the splits."""
         self.folder, self.itemsize, self.max_tokens = folder, itemsize, max_tokens
         self.path = os.path.join(folder, 'progress.json')
-        self.state = read_json(
-            self.path, {'position': (dict, type(None)), 'threshold': int, 'hashes': list, 'splits': dict}
-        ) or {
-            'position': None,
+        types = {'position': (dict, type(None)), 'threshold': int, 'hashes': list, 'splits': dict}
+        self.state = read_json(self.path, types) or {
+            'position': None,  # of the source, after the last unit
             'threshold': threshold,
-            'hashes': [],  # the smallest and the largest of the documents' hashes
+            'hashes': [],  # the smallest and the largest hash of the documents
             'splits': {split: {'tokens': 0, 'documents': 0, 'bytes': 0} for split in SPLITS},
         }
-        with user_errors(KeyError, TypeError, where=f'{self.path} is damaged, delete {folder} to start anew: '):
+        with user_errors(KeyError, TypeError, where=f'{self.path} is damaged, delete {folder} to start over: '):
             self.shards = {
                 split: Shards(folder, split, itemsize, shard_tokens, self.state['splits'][split]['tokens'])
                 for split in SPLITS
@@ -271,16 +282,16 @@ class Made:
 
     @property
     def progress(self):
-        """Bytes of the source that are done."""
+        """Bytes of the source that are encoded."""
         return self.state['position']['progress'] if self.state['position'] else 0
 
     @property
     def is_full(self):
-        """Are there as many train tokens as were asked for?"""
+        """Is --max_tokens reached?"""
         return 0 < self.max_tokens <= self.train_tokens
 
     def take(self, unit, encoded):
-        """Add what became of a unit. The state changes last, and at once: it never counts more than the shards hold."""
+        """Add an encoded unit. The state is replaced last, so that it never counts more than the shards hold."""
         splits, hashes = {}, list(self.state['hashes'])
         for split, part in encoded.items():
             counts = self.state['splits'][split]
@@ -299,23 +310,25 @@ class Made:
         }
 
     def save(self):
-        """Have the shards on the disk, then the state."""
+        """Flush the shards to the disk, then the state."""
         for shards in self.shards.values():
             shards.sync()
         write_json(self.path, self.state)
 
     def close(self):
-        """Close the files: some systems do not move or delete open ones."""
+        """Close the files: some systems cannot move or delete open ones."""
         for shards in self.shards.values():
             shards.close()
 
     def forget(self):
-        """Be at the start again."""
+        """Start over, without progress.json."""
         os.remove(self.path)
 
     def check_disk(self, total):
-        """Raise UserError if what is still to be written, going by what the text gave so far, does not fit on the disk. total: bytes of
-        the whole source, None if nobody knows."""
+        """Raise UserError if the rest, estimated from what is made so far, does not fit on the disk.
+
+        total: bytes of the whole source, None if unknown.
+        """
         written = sum(split['tokens'] for split in self.state['splits'].values()) * self.itemsize
         whole = (total or 0) * written / max(1, self.progress)
         if self.max_tokens:
@@ -323,19 +336,19 @@ class Made:
         free = shutil.disk_usage(self.folder).free
         if whole - written > free:
             raise UserError(
-                f'{self.folder}: about {(whole - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are free: '
-                'make room, and run the same command again'
+                f'{self.folder}: about {(whole - written) / 1e9:,.2f} GB more will be needed, {free / 1e9:,.2f} GB are '
+                'free: free some space and run the same command again'
             )
 
 
 class Shards:
-    """The files of one split, a row of ids cut every shard_tokens; open for appending."""
+    """The files of one split, each with shard_tokens ids but the last, open for appending."""
 
     def __init__(self, folder, split, itemsize, shard_tokens, tokens):
-        """tokens: how many are there already; whatever the files hold behind them goes."""
+        """tokens: the number of ids to keep; whatever the files hold after them is deleted."""
         self.folder, self.split, self.itemsize = folder, split, itemsize
         self.shard_bytes = shard_tokens * itemsize or sys.maxsize
-        self.size = tokens * itemsize  # bytes in all files
+        self.size = tokens * itemsize  # bytes, all files together
         keep = -(-self.size // self.shard_bytes)
         for n in itertools.count(keep):
             if not os.path.exists(self.path(n)):
@@ -345,7 +358,7 @@ class Shards:
             length = min(self.size - n * self.shard_bytes, self.shard_bytes)
             if not os.path.exists(self.path(n)) or os.path.getsize(self.path(n)) < length:
                 raise UserError(
-                    f'{self.path(n)} is missing or was cut short: delete {folder}, and run the same command again'
+                    f'{self.path(n)} is missing or too short: delete {folder} and run the same command again'
                 )
         self.file = None
         if keep:
@@ -357,7 +370,7 @@ class Shards:
         return os.path.join(self.folder, f'{self.split}_{n:03d}.bin')
 
     def append(self, ids):
-        """Add the bytes of ids, going on to a new file where one is full."""
+        """Write the bytes of ids, starting a new file whenever one is full."""
         while ids:
             n, at = divmod(self.size, self.shard_bytes)
             if at == 0:
@@ -369,7 +382,7 @@ class Shards:
             ids = ids[len(piece) :]
 
     def sync(self):
-        """Have all that was appended on the disk."""
+        """Flush to the disk."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -382,7 +395,7 @@ class Shards:
 
 
 def moves(folder, out_dir, meta, shard_tokens):
-    """Yield (path while it is prepared, path for training, bytes) of each token file of a description."""
+    """Yield (path while preparing, final path, bytes) of each token file of a data set."""
     itemsize = np.dtype(meta['dtype']).itemsize
     for split, tokens in meta['tokens'].items():
         n_shards = -(-tokens // shard_tokens) if shard_tokens else 1
@@ -393,64 +406,63 @@ def moves(folder, out_dir, meta, shard_tokens):
 
 
 def check_shards(folder, out_dir, meta, shard_tokens):
-    """Raise UserError unless each token file is there, whole: prepared, or moved up already."""
+    """Raise UserError unless each token file is complete, whether it has been moved or not."""
     for prepared, final, n_bytes in moves(folder, out_dir, meta, shard_tokens):
         path = prepared if os.path.exists(prepared) else final
         if not os.path.exists(path) or os.path.getsize(path) != n_bytes:
-            raise UserError(f'{prepared} is missing or damaged: delete {folder}, and run the same command again')
+            raise UserError(f'{prepared} is missing or damaged: delete {folder} and run the same command again')
 
 
 def publish(folder, out_dir, meta, shard_tokens):
-    """Move a finished preparation up to where training looks for it. It can be interrupted and repeated."""
+    """Move the token files to where training reads them. After an interruption, a second call moves the rest."""
     write_json(os.path.join(out_dir, 'meta.json'), meta)
     for prepared, final, _ in moves(folder, out_dir, meta, shard_tokens):
         if os.path.exists(prepared):
             os.replace(prepared, final)
-    os.remove(os.path.join(folder, 'setup.json'))  # without it, the rest is nothing to go on from
+    os.remove(os.path.join(folder, 'setup.json'))  # without it, the rest does not count as a preparation
     discard(folder)
 
 
 def discard(folder):
-    """Give up a folder that this process holds, and delete it as far as the system does that: what is left of it is no obstacle."""
+    """Unlock a folder and delete it; files that the system keeps do no harm."""
     unlock_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def shortest(path):
-    """A path as it is seen from here, if it can be."""
-    with suppress(ValueError):  # another drive of Windows
+    """A path relative to the current folder if possible."""
+    with suppress(ValueError):  # on another drive of Windows
         return os.path.relpath(path)
     return path
 
 
 @contextmanager
 def writing(out_dir):
-    """A context in which what goes wrong with the disk is one line that names the file."""
+    """Context manager: an OSError becomes a UserError that names the file."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f'cannot write {error.filename or out_dir}: {error.strerror or error}; mend that, and run the same command '
-            'again'
+            f'cannot write {error.filename or out_dir}: {error.strerror or error}; fix that and run '
+            'the same command again'
         ) from error
 
 
-def read_json(path, wanted):
-    """The content of a JSON file of ours, None if there is none. UserError unless it is a dict with the wanted keys, of these types."""
+def read_json(path, types):
+    """Read a JSON file, None if there is none. UserError unless it is an object with these keys: {key: type}."""
     if not os.path.exists(path):
         return None
-    with user_errors(
-        OSError, ValueError, RecursionError, where=f'{path} is damaged, delete {os.path.dirname(path)} to start anew: '
-    ):
+    where = f'{path} is damaged, delete {os.path.dirname(path)} to start over: '
+    with user_errors(OSError, ValueError, RecursionError, where=where):
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
-        if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in wanted.items()):
-            raise ValueError(f'it must hold {", ".join(wanted)}')
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in types.items()):
+            raise ValueError(f'it must hold {", ".join(types)}')
         return content
 
 
 def write_json(path, content):
-    """Write a JSON file so that, whenever the power fails, it is the old one or the new one."""
+    """Write a JSON file; after a crash it is either the old one or the new one."""
     with written_whole(path, 'w') as file:
         json.dump(content, file, indent=1)
         file.write('\n')

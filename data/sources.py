@@ -1,7 +1,7 @@
-"""Where text comes from: files of several kinds, a data set of the Hugging Face hub, or documents in memory.
+"""Sources of text: files of several formats, a data set on the Hugging Face hub, or documents in memory.
 
-A source hands out units: pieces of about a megabyte, in a fixed order, each with the position at which reading goes on after it.
-Reading from a position gives the same units as reading from the start, so that an interrupted preparation can go on from its last one.
+A source yields units: about a megabyte of text each, in a fixed order, each with the position where reading continues.
+From any position a source yields the same units as from the start, so an interrupted preparation can continue there.
 """
 
 import codecs
@@ -19,96 +19,66 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import NamedTuple
 
-from common.errors import UserError, leave_at_once, one_line, user_errors
+from common.errors import UserError, one_line, user_errors
 from tokenizer import replace_surrogates
 
-UNIT = 2**20  # characters or bytes in a unit, about
-ROWS = 256  # of a table, read at once
-LARGEST_ELEMENT = 2**28  # characters of an element of a JSON array: one that has no end must not fill the memory
+UNIT = 2**20  # characters or bytes per unit, approximately
+ROWS = 256  # of a table, read at a time
+LARGEST_ELEMENT = 2**28  # characters of an element of a JSON array: one without an end must not fill the memory
 JSON_SPACE = re.compile(r'[ \t\n\r]*')
-TABLES = {
-    '.jsonl': 'lines',
-    '.ndjson': 'lines',
-    '.json': 'array',
-    '.csv': 'csv',
-    '.parquet': 'parquet',
-}  # by ending; all else is text
+# Formats by file name extension; everything else is text, except NOT_TEXT.
+TABLES = {'.jsonl': 'lines', '.ndjson': 'lines', '.json': 'array', '.csv': 'csv', '.parquet': 'parquet'}
 COMPRESSED = ('.gz', '.zst')
 NOT_TEXT = (
-    '.tsv',
-    '.html',
-    '.htm',
-    '.xhtml',
-    '.xml',
-    '.svg',
-    '.rtf',
-    '.pdf',
-    '.ps',
-    '.doc',
-    '.docx',
-    '.odt',
-    '.epub',
-    '.mobi',
-    '.ipynb',
-    '.xlsx',
-    '.arrow',
-    '.feather',
-    '.npy',
-    '.zip',
-    '.tar',
-    '.bz2',
-    '.xz',
-    '.7z',
-    '.rar',
-)  # or not only text
-OWN = re.compile(
-    r'(train|val)(_\d+)?\.bin|meta\.json|preparing|.*\.part'
-)  # what a preparation writes into its data set's folder
+    '.tsv .html .htm .xhtml .xml .svg .rtf .pdf .ps .doc .docx .odt .epub .mobi .ipynb .xlsx .arrow .feather .npy '
+    '.zip .tar .bz2 .xz .7z .rar'
+).split()
+OWN = re.compile(r'(train|val)(_\d+)?\.bin|meta\.json|preparing|.*\.part')  # files that a preparation itself writes
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a long one."""
+    """A document, or part of a long one."""
 
     text: str
     ends: bool = True  # does the document end here?
-    split: str = ''  # 'train', 'val'; '': by the hash of the key
-    key: str = ''  # what the split of a whole document is decided by; '': its text
+    split: str = ''  # 'train' or 'val'; '': decided by a hash of `key`
+    key: str = ''  # the same for all pieces of a document; '': the text
 
 
 @dataclass
 class Unit:
-    """What a worker encodes at once: pieces, or JSON lines that it has to parse first."""
+    """A batch of text for one worker: pieces, or JSON lines that the worker has to parse first."""
 
-    position: dict  # where the source goes on after it, as plain JSON; 'progress' in it: bytes of the source's total until there
-    where: str  # for errors: the file
-    at: int = 0  # for errors: the byte of the file that the lines begin at
+    position: dict  # where reading continues after it, JSON; 'progress' in it counts the bytes of the source so far
+    where: str  # the file, for error messages
+    at: int = 0  # offset of the lines in the file in bytes, for error messages
     pieces: list = field(default_factory=list)
     lines: bytes = b''
 
 
 def pieces_of(unit, text_key):
-    """Yield a unit's pieces. UserError if one of its JSON lines is not an object with a text under text_key, or a text."""
+    """Yield the pieces of a unit. UserError for a JSON line that is neither an object with text_key nor a string."""
     yield from unit.pieces
     at = unit.at
     for line in io.BytesIO(unit.lines):
         if line.strip():
             where = f'{unit.where}, byte {at}'
-            with user_errors(ValueError, RecursionError, where=f'{where}: this is no line of JSON: '):
+            with user_errors(ValueError, RecursionError, where=f'{where}: this is not a line of JSON: '):
                 row = json.loads(line.decode())
             yield from json_pieces(row, text_key, where)
         at += len(line)
 
 
 def json_pieces(value, text_key, where):
-    """The piece for an object with a text under text_key, or for a bare text; none if it is empty. UserError for anything else."""
+    """The piece for an object with a text under text_key, or for a string; [] if it is empty. UserError otherwise."""
     text = value.get(text_key, value) if isinstance(value, dict) else value
     if not isinstance(text, (str, type(None))) or value is None:
-        raise UserError(f'{where}: no JSON object with a text {text_key!r}; --text_key= names another field')
+        raise UserError(f'{where}: not a JSON object with a text {text_key!r}; --text_key= names another field')
     return [Piece(replace_surrogates(text))] if text else []
 
 
 def grouped(parts, where):
-    """(pieces, position) … -> Units of about UNIT characters; pieces that come together stay together."""
+    """Group (pieces, position) pairs into Units of about UNIT characters. Pieces of one pair stay together."""
     unit, size = Unit({}, where), 0
     for pieces, unit.position in parts:
         unit.pieces += pieces
@@ -121,20 +91,20 @@ def grouped(parts, where):
 
 
 def cut_in_two(text, ends, offset, cut):
-    """The pieces of a text at this offset in all the text, which is for training before the cut, for validation from it on."""
+    """Split a text at this offset of the whole: before the offset `cut` it is for training, after it for validation."""
     k = min(max(cut - offset, 0), len(text))
     pieces = [Piece(text[:k], ends and k == len(text), 'train'), Piece(text[k:], ends, 'val')]
     return [piece for piece in pieces if piece.text]
 
 
 def check_fraction(val_fraction):
-    """Raise UserError unless it is a share."""
+    """Raise UserError unless 0 < val_fraction < 1."""
     if not 0 < val_fraction < 1:
         raise UserError(f'--val_fraction={val_fraction}: must be between 0 and 1')
 
 
 def val_begins(characters, val_fraction):
-    """Where validation begins in so many characters of text, as in nanoGPT: at int((1 - val_fraction) * characters)."""
+    """The offset at which validation text begins, as in nanoGPT. UserError if one split would be empty."""
     cut = int((1 - val_fraction) * characters)
     if not 0 < cut < characters:
         raise UserError(f'{characters} characters are too few to split into training and validation text')
@@ -142,70 +112,74 @@ def val_begins(characters, val_fraction):
 
 
 class Documents:
-    """Texts in memory. The last val_fraction of them is for validation; the cut may go through one."""
+    """Documents in memory. The last val_fraction of the text is for validation; the cut may go through a document."""
 
     text_key, parts = '', 1
 
-    def __init__(self, texts, val_fraction):
+    def __init__(self, texts: list[str], val_fraction: float):
         check_fraction(val_fraction)
         self.texts, self.single, self.val_fraction = texts, len(texts) == 1, val_fraction
-        self.before = [0, *itertools.accumulate(map(len, texts))]  # characters before each
+        self.before = [0, *itertools.accumulate(map(len, texts))]  # characters before each text
         self.total = self.before[-1]
         self.cut = val_begins(self.total, val_fraction)
         self.fingerprint = hashlib.sha256('\0'.join(texts).encode('utf-8', 'surrogatepass')).hexdigest()
 
     def check_unchanged(self):
-        """Nothing to check: the texts are in memory."""
+        """Texts in memory do not change."""
 
     def units(self, position=None, part=None):
-        """Yield the Units from a position on, by default from the start."""
-        first = position['document'] if position else 0
-        return grouped(
-            (
-                (
-                    cut_in_two(self.texts[n], True, self.before[n], self.cut),
-                    {'document': n + 1, 'progress': self.before[n + 1]},
-                )
-                for n in range(first, len(self.texts))
-            ),
-            'the text',
-        )
+        """Yield the Units after a position, by default all."""
+        return grouped(self.documents(position['document'] if position else 0), 'the text')
+
+    def documents(self, first):
+        """Yield the pieces of each text and the position after it."""
+        for n in range(first, len(self.texts)):
+            pieces = cut_in_two(self.texts[n], True, self.before[n], self.cut)
+            yield pieces, {'document': n + 1, 'progress': self.before[n + 1]}
 
 
 class Files:
-    """A file, or those below a folder in the order of their names. They are tables: JSON lines (.jsonl, .ndjson), JSON arrays (.json),
-    .csv, .parquet; or whole texts, UTF-8: .txt files, or, if a folder has no tables, all that are text. All but .parquet may be compressed:
-    .gz, .zst. What is not taken is told, but for hidden files, and, in the data set's own folder, what a preparation writes there.
+    """A file, or the files below a folder in the order of their names.
 
-    Documents go to training or validation one by one, by a hash of their text, or of a text file's name. Fewer text files than
-    1 / val_fraction are one row of text, whose end is for validation.
+    Tables are JSON lines (.jsonl, .ndjson), JSON arrays (.json), .csv and .parquet. Everything else is read as one
+    UTF-8 text per file; in a folder that has tables, only .txt files are. All but .parquet may be compressed: .gz,
+    .zst. Prints how many files are skipped, not counting hidden files and what a preparation wrote into the data set's
+    own folder.
+
+    Each document goes to training or validation by a hash of its text, or of its name if it is a text file. Fewer text
+    files than 1 / val_fraction are treated as one long text, and its end is for validation.
     """
 
-    def __init__(self, path, val_fraction, text_key='text', own=None):
-        """own: the data set's own folder. UserError if there is no text in path, or it cannot be read."""
+    def __init__(self, path: str, val_fraction: float, text_key: str = 'text', own: str | None = None):
+        """Find the files.
+
+        path: a file or folder.
+        val_fraction: share for validation.
+        text_key: the JSON field or table column that holds the text.
+        own: the data set's own folder.
+        UserError if there is no text in path or it cannot be read.
+        """
         check_fraction(val_fraction)
         self.root, self.val_fraction, self.text_key = path, val_fraction, text_key
-        kinds, refused = {}, {}  # path -> kind, None if it has none; path -> why it is not taken
+        kinds, refused = {}, {}  # path -> format, None if it is refused; path -> the reason
         for file in walk(path, own):
             try:
                 kinds[file] = kind_of(file)
             except NotText as error:
                 kinds[file], refused[file] = None, str(error)
         texts_only = not any(kinds.values())
-        self.files, self.starts, self.sizes, characters = (
-            [],
-            [],
-            [],
-            0,
-        )  # (path, kind); of the text files, characters before them; bytes
-        self.fingerprint = []
+        self.files = []  # (path, format)
+        self.starts = []  # characters in the text files before each file
+        self.sizes = []  # bytes
+        self.fingerprint = []  # name, size and time of each, to notice that one has changed
+        characters = 0
         for file, kind in kinds.items():
             if kind is None:
                 continue
             try:
                 if not kind and not texts_only and ending_of(file) != '.txt':
                     raise NotText(
-                        f'{file} is no .txt file, and beside tables only those are taken: give it that ending to have it read'
+                        f'{file} is not a .txt file: in a folder with tables, no other texts are read; rename it'
                     )
                 n = 1 if kind else count_characters(file)
             except NotText as error:
@@ -221,22 +195,21 @@ class Files:
                 characters += n
         if path in refused:  # the only file
             raise NotText(refused[path])
-        told = (
-            f'passed over {len(refused)} files, the first: {next(refused[file] for file in kinds if file in refused)}'
-            if refused
-            else ''
-        )
+        skipped = ''
+        if refused:
+            reason = next(refused[file] for file in kinds if file in refused)
+            skipped = f'skipped {len(refused)} files, the first: {reason}'
         if not self.files:
-            raise UserError(f'there is no text in {path}' + (told and f': {told}'))
-        if told:
-            print(told)
+            raise UserError(f'there is no text in {path}' + (skipped and f': {skipped}'))
+        if skipped:
+            print(skipped)
         self.parts, self.single = len(self.files), texts_only and len(self.files) == 1
         self.cut = val_begins(characters, val_fraction) if texts_only and len(self.files) * val_fraction < 1 else None
         self.before = [0, *itertools.accumulate(self.sizes)]  # bytes before each file
         self.total = self.before[-1]
 
     def check_unchanged(self):
-        """Raise UserError if a file is not the one that it was when reading began."""
+        """Raise UserError if a file has changed since __init__."""
         for (file, _), (_, *seen) in zip(self.files, self.fingerprint):
             with user_errors(OSError, where=f'cannot read {file}: '):
                 stat = os.stat(file)
@@ -244,33 +217,36 @@ class Files:
                 raise UserError(f'{file} has changed while it was being read: run the same command again')
 
     def name(self, file):
-        """What a file is called in the data set's own terms: its path below the folder."""
-        return (
-            os.path.relpath(file, self.root).replace(os.sep, '/')
-            if os.path.isdir(self.root)
-            else os.path.basename(file)
-        )
+        """The path of a file relative to the input folder, the same on every system."""
+        if not os.path.isdir(self.root):
+            return os.path.basename(file)
+        return os.path.relpath(file, self.root).replace(os.sep, '/')
 
     def units(self, position=None, part=None):
-        """Yield the Units from a position on, by default from the start; those of one part, a file, only if it is given."""
+        """Yield the Units after a position, by default all. part: of this file only, by its number."""
         position = position or {'file': part or 0, 'at': 0, 'progress': 0}
         end = len(self.files) if part is None else part + 1
         while position['file'] < end:
             n = position['file']
             kind = self.files[n][1]
-            if not kind:  # text files in a row share units
-                last = next((i for i in range(n, end) if self.files[i][1]), end)
-                yield from grouped(self.text_pieces(position, last), self.files[n][0])
-            else:
-                last = n + 1
-                yield from {'lines': self.line_units, 'parquet': self.table_units}.get(kind, self.row_units)(
-                    n, position['at']
-                )
-            position = {'file': last, 'at': 0}
+            following = n + 1
+            if kind == 'lines':
+                yield from self.line_units(n, position['at'])
+            elif kind == 'parquet':
+                yield from self.parquet_units(n, position['at'])
+            elif kind:
+                yield from grouped(self.row_pieces(n, position['at']), self.files[n][0])
+            else:  # consecutive text files share units
+                following = next((i for i in range(n, end) if self.files[i][1]), end)
+                yield from grouped(self.text_pieces(position, following), self.files[n][0])
+            position = {'file': following, 'at': 0}
 
     def text_pieces(self, position, end):
-        """Text files from a position on, long ones in pieces that are cut where no tokenizer joins what is before and behind. Where
-        they are cut depends on what is before, not on where reading began."""
+        """Yield (pieces, position) of the text files from a position up to file `end`.
+
+        A long text is cut where no tokenizer merges across, see safe_cut. The cuts depend only on the text before
+        them, not on the position where reading started.
+        """
         for n in range(position['file'], end):
             path, at = self.files[n][0], position['at'] if n == position['file'] else 0
             with opened(path) as (raw, content), io.TextIOWrapper(content, encoding='utf-8-sig') as file:
@@ -280,23 +256,22 @@ class Files:
                     following = file.read(1)
                     k = safe_cut(text) if following else len(text)
                     ends, part = not following, text[:k]
-                    pieces = (
-                        cut_in_two(part, ends, self.starts[n] + at, self.cut)
-                        if self.cut is not None
-                        else [Piece(part, ends, key=self.name(path))]
-                    )
+                    if self.cut is None:
+                        pieces = [Piece(part, ends, key=self.name(path))]
+                    else:
+                        pieces = cut_in_two(part, ends, self.starts[n] + at, self.cut)
                     at += k
                     yield pieces, {'file': n + ends, 'at': 0 if ends else at, 'progress': self.before[n] + raw.tell()}
                     text = text[k:] + following
                     text += file.read(UNIT - len(text))
 
     def line_units(self, n, at):
-        """JSON lines from a byte on, as they are: parsing them is for the workers."""
+        """Yield the Units of file n, JSON lines, starting at a byte. The workers parse them."""
         path, _ = self.files[n]
         with opened(path) as (raw, file):
             if file is raw:
                 file.seek(at)
-            else:  # there is no way to the place but through what is before it
+            else:  # compressed: reach the position by reading up to it
                 skip(file, at)
             while lines := file.read(UNIT) + file.readline():
                 start, at = at, at + len(lines)
@@ -304,95 +279,95 @@ class Files:
                     lines = lines.removeprefix(b'\xef\xbb\xbf')
                 yield Unit({'file': n, 'at': at, 'progress': self.before[n] + raw.tell()}, path, start, lines=lines)
 
-    def row_units(self, n, at):
-        """The rows of a .csv file, or the elements of a JSON array, from one on; there is no way to it but through those before it."""
+    def row_pieces(self, n, at):
+        """Yield (pieces, position) of file n, .csv or a JSON array, starting at a row. Skipped rows are parsed, too."""
         path, kind = self.files[n]
         rows = csv_rows if kind == 'csv' else array_elements
         with opened(path) as (raw, content), io.TextIOWrapper(content, encoding='utf-8-sig', newline='') as file:
-            yield from grouped(
-                (
-                    (
-                        json_pieces(row, self.text_key, f'{path}, number {i + 1}'),
-                        {'file': n, 'at': i + 1, 'progress': self.before[n] + raw.tell()},
-                    )
-                    for i, row in enumerate(rows(file, path, self.text_key))
-                    if i >= at
-                ),
-                path,
-            )
+            for i, row in enumerate(rows(file, path, self.text_key), start=1):
+                if i > at:
+                    position = {'file': n, 'at': i, 'progress': self.before[n] + raw.tell()}
+                    yield json_pieces(row, self.text_key, f'{path}, number {i}'), position
 
-    def table_units(self, n, at):
-        """The rows of a parquet file from a row on; no more than a page of each column is in memory."""
+    def parquet_units(self, n, at):
+        """Yield the Units of file n, .parquet, starting at a row. Memory holds no more than a page of each column."""
         path, row, size = self.files[n][0], 0, 0
         unit = Unit({}, path)
         with reading(path), open_parquet(path) as table:
             groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
             first = next((i for i, end in enumerate(itertools.accumulate(groups)) if end > at), len(groups))
             row = sum(groups[:first])
-            for batch in table.iter_batches(
-                ROWS, row_groups=list(range(first, len(groups))), columns=[self.text_key], use_threads=False
-            ):
+            row_groups = list(range(first, len(groups)))
+            for batch in table.iter_batches(ROWS, row_groups, [self.text_key], use_threads=False):
                 texts = batch.column(0).to_pylist()[max(0, at - row) :]
                 row += len(batch)
                 if row <= at:
                     continue
-                pieces, n_bytes = row_pieces(texts, path, self.text_key)
+                pieces, n_bytes = column_pieces(texts, path, self.text_key)
                 unit.pieces += pieces
                 size += n_bytes
                 if size >= UNIT or row == table.metadata.num_rows:
-                    unit.position = {
-                        'file': n,
-                        'at': row,
-                        'progress': self.before[n] + self.sizes[n] * row // table.metadata.num_rows,
-                    }
+                    progress = self.before[n] + self.sizes[n] * row // table.metadata.num_rows
+                    unit.position = {'file': n, 'at': row, 'progress': progress}
                     yield unit
                     unit, size = Unit({}, path), 0
 
 
 class Hub:
-    """A data set of the Hugging Face hub, streamed: nothing is kept on disk, and no code of its authors is run. Documents go to training or
-    validation one by one, by a hash of their text."""
+    """A data set streamed from the Hugging Face hub: nothing is stored on disk, and no code of its authors runs.
+
+    Each document goes to training or validation by a hash of its text.
+    """
 
     parts, single, cut = 1, False, None
 
-    def __init__(self, name, val_fraction, config=None, revision=None, text_key='text', total=None):
-        """total: bytes of text in it, about, to tell the time left by and to check the disk."""
+    def __init__(
+        self,
+        name: str,
+        val_fraction: float,
+        config: str | None = None,
+        revision: str | None = None,
+        text_key: str = 'text',
+        total: int | None = None,
+    ):
+        """Describe the data set; units() connects.
+
+        name: of the data set, 'owner/name'.
+        val_fraction: share of the documents for validation.
+        config: which configuration; None: the default.
+        revision: which branch or commit; None: the newest.
+        text_key: the column that holds the text.
+        total: approximate bytes of text, for the progress bar and the check of the disk.
+        """
         check_fraction(val_fraction)
         self.name, self.val_fraction, self.config, self.revision = name, val_fraction, config, revision
         self.text_key, self.total = text_key, total
         self.fingerprint = [name, config, revision]
 
     def check_unchanged(self):
-        """Nothing to check: a commit does not change."""
+        """A commit does not change."""
 
     def units(self, position=None, part=None):
-        """Yield the Units from a position on, by default from the start. The position holds the commit, so that what is uploaded in
-        the meantime does not get in between."""
+        """Yield the Units after a position, by default all.
+
+        The position holds the commit, so that reading continues in the same version of the data set.
+        """
         print(f'streaming {self.name} from the Hugging Face hub ...', flush=True)
         with self.reaching():
             import datasets
-
-            leave_at_once()  # a stream that was not read to its end keeps threads
             from huggingface_hub import HfApi
 
-            datasets.utils.logging.set_verbosity(
-                datasets.utils.logging.CRITICAL
-            )  # one line in the end, not one a retry
+            logging = datasets.utils.logging
+            logging.set_verbosity(logging.CRITICAL)  # no line per retry: the last error becomes ours
+            logging.disable_progress_bar()
             getLogger('huggingface_hub').setLevel('CRITICAL')
-            datasets.utils.logging.disable_progress_bar()
-            local = os.path.isdir(self.name)  # which the library takes first
-            position = position or {
-                'revision': None if local else HfApi().dataset_info(self.name, revision=self.revision).sha,
-                'row': 0,
-                'progress': 0,
-            }
+            if not position:
+                local = os.path.isdir(self.name)  # the library prefers a local folder of this name
+                commit = None if local else HfApi().dataset_info(self.name, revision=self.revision).sha
+                position = {'revision': commit, 'row': 0, 'progress': 0}
+            revision, columns = position['revision'], [self.text_key]
             rows = datasets.load_dataset(
-                self.name,
-                self.config,
-                revision=position['revision'],
-                split='train',
-                streaming=True,
-                columns=[self.text_key],
+                self.name, self.config, revision=revision, split='train', streaming=True, columns=columns
             )
             if 'state' in position:
                 rows.load_state_dict(position['state'])
@@ -402,17 +377,12 @@ class Hub:
             with self.reaching(f', after row {row}'):
                 batch = next(batches, None)
             if batch:
-                pieces, n_bytes = row_pieces(batch[self.text_key], self.name, self.text_key)
+                pieces, n_bytes = column_pieces(batch[self.text_key], self.name, self.text_key)
                 unit.pieces += pieces
                 row, size = row + len(batch[self.text_key]), size + n_bytes
             if unit.pieces and (size >= UNIT or not batch):
                 progress += size
-                unit.position = {
-                    'revision': position['revision'],
-                    'row': row,
-                    'progress': progress,
-                    'state': rows.state_dict(),
-                }
+                unit.position = {'revision': revision, 'row': row, 'progress': progress, 'state': rows.state_dict()}
                 yield unit
                 unit, size = Unit({}, self.name), 0
             if not batch:
@@ -420,20 +390,20 @@ class Hub:
 
     @contextmanager
     def reaching(self, where=''):
-        """A context in which what goes wrong between here and the hub is one line."""
+        """Context manager: any error on the way to the hub becomes one UserError."""
         try:
             yield
         except ImportError as error:
             raise UserError(f'{self.name} needs the package datasets: pip install datasets') from error
-        except Exception as error:  # hub, network, parquet: each library in between has errors of its own
+        except Exception as error:  # hub, network, parquet: each library raises errors of its own
             raise UserError(
-                f'cannot load {self.name}{where} (is the network reachable? the same command goes on from here; --input= takes '
-                f'local files): {type(error).__name__}: {one_line(str(error), 120)}'
+                f'cannot load {self.name}{where} (is the network reachable? the same command continues from here; '
+                f'--input= takes local files): {type(error).__name__}: {one_line(str(error), 120)}'
             ) from error
 
 
-def row_pieces(texts, where, text_key):
-    """Texts of a table -> their pieces, and how many bytes they are. UserError if they are none."""
+def column_pieces(texts, where, text_key):
+    """The texts in a column of a table -> their pieces, their size in bytes. UserError if one is not a text."""
     wrong = next((text for text in texts if not isinstance(text, (str, type(None)))), None)
     if wrong is not None:
         raise UserError(
@@ -444,24 +414,24 @@ def row_pieces(texts, where, text_key):
 
 
 class NotText(UserError):
-    """A file that holds something else."""
+    """A file cannot be read as text."""
 
 
 def ending_of(path):
-    """How the name of a file ends, '.txt' for example, in lower case, without what says that it is compressed."""
+    """The file name extension in lower case, such as '.txt', without that of the compression."""
     name = path.lower()
     return os.path.splitext(os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name)[1]
 
 
 def kind_of(path):
-    """What a file is read as, by its name: 'lines' of JSON, an 'array' of JSON, 'csv', 'parquet', or '' for a text. NotText if none is."""
+    """The format of a file by its name: 'lines', 'array', 'csv', 'parquet', or '' for a text. NotText if it is none."""
     ending = ending_of(path)
     if os.path.isdir(path):
-        raise NotText(f'{path} is a link to a folder, which is not followed: move the folder itself there')
+        raise NotText(f'{path} is a link to a folder, which is not followed: move the folder itself here')
     if ending in NOT_TEXT:
         raise NotText(
-            f'{path}: {ending} files are not read, make it a .txt, .jsonl, .csv or .parquet file (if it is renamed to '
-            '.txt, it is read as it stands)'
+            f'{path}: {ending} files are not read, make it a .txt, .jsonl, .csv or .parquet file (renamed to .txt, '
+            'it is read as it is)'
         )
     if ending == '.parquet' and path.lower().endswith(COMPRESSED):
         raise NotText(f'{path}: decompress it first')
@@ -470,7 +440,7 @@ def kind_of(path):
 
 
 def kind_of_json(path):
-    """What a .json file is read as, by how it begins: an 'array', or 'lines' that are a value each. NotText if it is neither."""
+    """The format of a .json file by how it begins: 'array', or 'lines' with one value each. NotText if neither."""
     with opened(path) as (_, content), io.TextIOWrapper(content, encoding='utf-8-sig') as file:
         try:
             start = file.read(UNIT).lstrip()
@@ -485,13 +455,13 @@ def kind_of_json(path):
         if ended or len(line) < UNIT:
             json.loads(line or '{}')
     except (ValueError, RecursionError) as error:
-        raise NotText(f'{path} is neither an array of texts or objects nor one of them a line') from error
+        raise NotText(f'{path} is neither an array of texts or objects nor one of them per line') from error
     return 'lines'
 
 
 @contextmanager
 def opened(path):
-    """A file of bytes -> (the file as it is on the disk, what it holds when decompressed). What goes wrong with it is a UserError."""
+    """Context manager: open a file -> (the raw file, its decompressed content), as bytes. Errors become UserErrors."""
     with reading(path), open(path, 'rb') as raw:
         if path.lower().endswith('.gz'):
             yield raw, gzip.GzipFile(fileobj=raw)
@@ -502,8 +472,10 @@ def opened(path):
 
 
 def csv_rows(file, path, text_key):
-    """Yield the texts of a column of a .csv file, whose first line names the columns. UserError unless one has that name, and each row as
-    many fields."""
+    """Yield the texts in a column of a .csv file whose first line names the columns.
+
+    UserError unless exactly one column is called text_key and every row has as many fields as the first line.
+    """
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(file, strict=True)
     try:
@@ -516,23 +488,23 @@ def csv_rows(file, path, text_key):
         for row in rows:
             if row and len(row) != len(names):
                 raise UserError(
-                    f'{path}, line {rows.line_num}: {len(row)} fields, where the first line names {len(names)}; a text with a '
-                    'comma, a quote or a line end in it must stand in quotes'
+                    f'{path}, line {rows.line_num}: {len(row)} fields, where the first line names {len(names)}; a text '
+                    'that contains a comma, a quote or a line end must be quoted'
                 )
             if any('\0' in field for field in row):
-                raise UserError(f'{path}, line {rows.line_num}: holds a zero byte, so it is not text: mend the file')
+                raise UserError(f'{path}, line {rows.line_num}: holds a zero byte, so it is not text: fix the file')
             if row:
                 yield row[names.index(text_key)]
     except csv.Error as error:
-        raise UserError(f'{path}, line {rows.line_num}: not .csv: {error}') from error
+        raise UserError(f'{path}, line {rows.line_num}: not valid .csv: {error}') from error
 
 
 def array_elements(file, path, text_key):
-    """Yield the elements of a JSON array. No more than a UNIT and an element are in memory."""
+    """Yield the elements of a JSON array. Memory holds no more than one element and a UNIT of text."""
     decode, text, at = json.JSONDecoder().raw_decode, '', 0
 
     def following():
-        """The next character that is no space, '' at the end."""
+        """Skip white space -> the next character, '' at the end."""
         nonlocal text, at
         while True:
             at = JSON_SPACE.match(text, at).end()
@@ -543,7 +515,7 @@ def array_elements(file, path, text_key):
                 return ''
 
     def element():
-        """The value that begins here, which may go beyond what has been read."""
+        """Parse the value that begins here, reading more text while it is incomplete."""
         nonlocal text, at
         while True:
             try:
@@ -556,7 +528,7 @@ def array_elements(file, path, text_key):
                 text, at = text[at:] + more, 0
 
     n, comma = 0, following()  # the bracket that kind_of_json saw
-    with user_errors(ValueError, RecursionError, where=f'{path} is no array of JSON: '):
+    with user_errors(ValueError, RecursionError, where=f'{path} is not a JSON array: '):
         while comma:
             at += 1
             if following() != ']' or n:
@@ -571,14 +543,16 @@ def array_elements(file, path, text_key):
 
 
 def walk(path, own=None):
-    """Yield the file, or the files below the folder, in the order of their names, without hidden ones; links to folders are yielded as if
-    they were files. own: a folder in which what a preparation writes is left out."""
+    """Yield a file, or the files below a folder in the order of their names, without hidden ones.
+
+    Links to folders are yielded like files. own: a folder in which files that a preparation writes are left out.
+    """
     if not os.path.isdir(path):
         if os.path.islink(path) and not os.path.exists(path):
-            raise UserError(f'{path} is a link to something that is not there: mend it, or delete it')
+            raise UserError(f'{path} is a broken link: fix it, or delete it')
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(
-                f'{path} is neither a file nor a folder: it has to be read more than once, so write it to a file first'
+                f'{path} is neither a file nor a folder: it is read more than once, so save it to a file first'
             )
         yield path
         return
@@ -591,20 +565,22 @@ def walk(path, own=None):
         folders[:] = sorted(
             name for name in folders if not name.startswith('.') and not (is_own and OWN.fullmatch(name))
         )
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # os.walk does not follow them
+        links = [
+            name for name in folders if os.path.islink(os.path.join(folder, name))
+        ]  # which os.walk does not follow
         for name in sorted(name for name in names if not name.startswith('.') and not (is_own and OWN.fullmatch(name))):
             yield from walk(os.path.join(folder, name))
         yield from (os.path.join(folder, name) for name in links)
 
 
 def skip(file, n):
-    """Read n characters or bytes of a file, and forget them."""
+    """Read and discard n characters or bytes."""
     for start in range(0, n, UNIT):
         file.read(min(UNIT, n - start))
 
 
 class ZstandardFile(io.RawIOBase):
-    """What a .zst file holds, frame after frame. Unlike the library's own reader, it tells a file that was cut short from a whole one."""
+    """The decompressed content of a .zst file. Unlike the library's reader, it raises EOFError for a truncated file."""
 
     def __init__(self, raw):
         try:
@@ -632,36 +608,36 @@ class ZstandardFile(io.RawIOBase):
         return n
 
 
-class reading:
-    """A context in which what goes wrong with a file is a UserError that names it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, EOFError, UnicodeDecodeError, zlib.error)) or type(error).__name__ in (
+@contextmanager
+def reading(path):
+    """Context manager: errors in reading a file become a UserError that names it."""
+    try:
+        yield
+    except Exception as error:
+        is_known = isinstance(error, (OSError, EOFError, UnicodeDecodeError, zlib.error))
+        if not is_known and type(error).__name__ not in (
             'ZstdError',
             'ArrowInvalid',
-        ):
-            raise UserError(
-                f'cannot read {self.path}: {one_line(str(error), 150)}; it may have been cut short, or have changed'
-            ) from error
+        ):  # of packages that may be missing
+            raise
+        raise UserError(
+            f'cannot read {path}: {one_line(str(error), 150)}; it may have been cut short, or have changed'
+        ) from error
 
 
 def count_characters(path):
-    """Characters in a text file, UTF-8 whatever the locale; a byte order mark does not count, a line end is one character. UserError if
-    it cannot be read or is not text."""
+    """Count the characters of a UTF-8 text file, without a byte order mark; a line end counts as one.
+
+    NotText if it is not text, UserError if it cannot be read.
+    """
     n = 0
     with opened(path) as (_, content), io.TextIOWrapper(content, encoding='utf-8-sig') as file:
         try:
             while text := file.read(UNIT):
                 if '\0' in text:
                     raise NotText(
-                        f'{path} holds zero bytes, the first after {n + text.index(chr(0))} characters, so it is not UTF-8 text: '
-                        'convert it first, with iconv for instance, or delete them'
+                        f'{path} holds zero bytes, the first after {n + text.index(chr(0))} characters, so it is not '
+                        'UTF-8 text: convert it first, with iconv for instance, or delete them'
                     )
                 n += len(text)
         except UnicodeDecodeError as error:
@@ -672,11 +648,11 @@ def count_characters(path):
 
 
 def first_bad_byte(path):
-    """Offset of the first byte of a file that is not UTF-8."""
+    """Offset of the first byte that is not valid UTF-8."""
     decoder, before = codecs.getincrementaldecoder('utf-8')(), 0
     with opened(path) as (_, file):
         while content := file.read(UNIT):
-            pending = len(decoder.getstate()[0])  # bytes of a character that began in the last piece
+            pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous piece
             try:
                 decoder.decode(content)
             except UnicodeDecodeError as error:
@@ -689,15 +665,17 @@ BEFORE_SPACE = re.compile(r'(?s).*\S(?=[ \n])')
 
 
 def safe_cut(text):
-    """Where to cut a text that goes on: before the last space or line end that follows something else. There, GPT-2's pattern always
-    ends a piece, and what it does before and behind does not depend on the other side. Without such a place, a cut at the end may
-    split a token."""
+    """Where to cut a text that continues: before the last space or line end that follows another character.
+
+    GPT-2's pattern always ends a piece there, so both sides are encoded as they would be together. Without such a
+    place the cut is at the end, and may split a token.
+    """
     match = BEFORE_SPACE.match(text)
     return match.end() if match else len(text)
 
 
 def open_parquet(path):
-    """A parquet file, read without what pyarrow would keep ahead. UserError if the package is missing, or it is none."""
+    """Open a parquet file without read-ahead. UserError if pyarrow is missing or the file is damaged."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -707,7 +685,7 @@ def open_parquet(path):
 
 
 def parquet_text_bytes(path, text_key):
-    """Bytes of the text column of a parquet file, about, from its footer. UserError if it has none, or the file cannot be read."""
+    """Approximate bytes of the text column of a parquet file, from its footer. UserError if there is no such column."""
     with open_parquet(path) as table:
         columns = [table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)]
         if text_key not in columns:
@@ -715,6 +693,5 @@ def parquet_text_bytes(path, text_key):
                 f'{path} has no column {text_key!r}: --text_key= may be one of {one_line(", ".join(columns), 200)}'
             )
         column = columns.index(text_key)
-        return sum(
-            table.metadata.row_group(i).column(column).total_uncompressed_size for i in range(table.num_row_groups)
-        )
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        return sum(group.column(column).total_uncompressed_size for group in groups)

@@ -1,21 +1,20 @@
-"""A process that turns units of text into ids, for pipeline.py: a job and then units come in on standard input, results go out.
+"""Worker processes that turn units of text into ids, for pipeline.py.
 
-Processes, because tiktoken's threads wait for one another (BENCHMARKS.md); of this kind, because they end when their parent dies,
-however it dies, and need nothing of the script that started them.
+Processes rather than threads, because tiktoken's threads wait for one another (BENCHMARKS.md).
 """
 
 import hashlib
 import os
-import pickle
-import subprocess
+import signal
 import sys
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import local
-
-if __name__ == '__main__':
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from types import ModuleType
 
 import numpy as np
 
@@ -23,40 +22,37 @@ from common.errors import UserError, user_errors
 from data.sources import pieces_of
 from tokenizer import load_tokenizer
 
-# how a process is started that Ctrl-C, which is for its parent alone, does not reach
-APART = (
-    {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == 'win32' else {'start_new_session': True}
-)
+MAX_WORKERS = 61 if sys.platform == 'win32' else sys.maxsize  # Windows cannot wait for more at once
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all the units of a preparation have in common."""
+    """The settings that all units of a preparation share."""
 
     spec: dict  # of the tokenizer
-    separator: list  # ids that follow a document
-    dtype: str  # of ids
-    threshold: int  # documents whose hash is below it are for validation
-    text_key: str  # of JSON lines
+    separator: list  # ids appended to each document
+    dtype: str  # of the ids in the files
+    threshold: int  # documents with a hash below it go to validation
+    text_key: str  # field of a JSON line that holds the text
 
 
 @dataclass
 class Encoded:
-    """What became of a unit, for one split."""
+    """The part of an encoded unit that goes to one split."""
 
     ids: bytes = b''
     documents: int = 0
     text_bytes: int = 0
-    hashes: list = field(default_factory=list)
+    hashes: list = field(default_factory=list)  # the smallest and the largest hash of its documents
 
 
 def document_hash(key):
-    """64 bits that depend on the text alone."""
+    """A 64-bit hash of a text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(key.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'big')
 
 
 def split_of(piece, threshold):
-    """'train' or 'val', and the hash that decided it, None if it was settled before."""
+    """The split of a piece -> 'train' or 'val', and the hash that decides it; None if the source has decided."""
     if piece.split:
         return piece.split, None
     number = document_hash(piece.key or piece.text)
@@ -64,7 +60,7 @@ def split_of(piece, threshold):
 
 
 def encode(job, tokenizer, unit):
-    """A unit's documents as ids -> {'train': Encoded, 'val': Encoded}."""
+    """Encode the documents of a unit -> {'train': Encoded, 'val': Encoded}."""
     separator = np.array(job.separator, dtype=np.int32)
     rows, encoded = {'train': [], 'val': []}, {'train': Encoded(), 'val': Encoded()}
     for piece in pieces_of(unit, job.text_key):
@@ -82,99 +78,78 @@ def encode(job, tokenizer, unit):
     return encoded
 
 
-class Worker:
-    """A worker process, seen from the pipeline."""
+def start(job):
+    """Set up a worker process, once: its job and its tokenizer."""
+    global the_job, the_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker whose parent was killed would wait for its next unit forever: it holds both ends of the pool's pipe, so
+    # it never sees the pipe closed. The cost is one thread that sleeps until the parent ends.
+    Thread(target=end_with_parent, daemon=True).start()
+    the_job, the_tokenizer = job, load_tokenizer(job.spec)
 
-    def __init__(self, job):
-        self.job = job  # sent with the first unit
-        with user_errors(OSError, where='cannot start a worker process: '):
-            self.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **APART
-            )
 
-    def send(self, content):
-        pickle.dump(content, self.process.stdin, pickle.HIGHEST_PROTOCOL)
-        self.process.stdin.flush()
+def end_with_parent():
+    """Wait until the parent process has died, in whatever way, then end this one."""
+    parent_process().join()
+    os._exit(0)
 
-    def encode(self, unit):
-        """encode(job, tokenizer, unit), over there. UserError if it raised one, or the process has died."""
-        try:
-            if self.job:
-                self.send(self.job)
-                self.job = None
-            self.send(unit)
-            result = pickle.load(self.process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f'a worker process has ended, with status {self.process.wait()}: run the same command again, it goes on from '
-                'there (with --workers=1 if memory is short)'
-            ) from error
-        if isinstance(result, UserError):
-            raise result
-        return result
 
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
+def encode_here(unit):
+    """Encode a unit in a worker process, see encode. UserError for a character that is not in the vocabulary."""
+    try:
+        return encode(the_job, the_tokenizer, unit)
+    except ValueError as error:
+        raise UserError(f'{unit.where}: {error}; the text has changed since the vocabulary was made') from error
+
+
+@contextmanager
+def without_ctrl_c():
+    """Context manager: processes started in it never receive Ctrl-C. The parent does, and ends them."""
+    if sys.platform == 'win32':  # no signal masks: a worker ignores SIGINT only once it has started
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Workers:
-    """Worker processes, as a context: they end with it."""
+    """A pool of n worker processes, as a context manager."""
 
-    def __init__(self, job, n):
-        self.job, self.n = job, n
-        self.started, self.own = [], local()
+    def __init__(self, job: Job, n: int):
+        self.job, self.n = job, min(n, MAX_WORKERS)
 
     def __enter__(self):
-        self.pool = ThreadPoolExecutor(self.n)  # a thread for each process, to talk with it
+        with user_errors(OSError, where='cannot start worker processes: '):
+            self.pool = ProcessPoolExecutor(self.n, get_context('spawn'), initializer=start, initargs=(self.job,))
+        # A spawned process imports the main module. A prepare.py has no `if __name__ == '__main__'`, so each worker
+        # would run it. Show it an empty main module; the cost is that this process has no other until __exit__.
+        self.main, sys.modules['__main__'] = sys.modules['__main__'], ModuleType('__main__')
         return self
 
     def __exit__(self, *_):
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self.started:
-            worker.kill()
-        self.pool.shutdown()
-
-    def encode(self, unit):
-        if not hasattr(self.own, 'worker'):
-            self.own.worker = Worker(self.job)
-            self.started.append(self.own.worker)
-        return self.own.worker.encode(unit)
+        self.pool.shutdown(cancel_futures=True)
+        sys.modules['__main__'] = self.main
 
     def map(self, units):
-        """Yield (unit, what became of it) in the order of the units; no more than a few are under way at a time."""
+        """Yield (unit, {'train': Encoded, 'val': Encoded}) for each unit, in order; at most 2n + 1 are in memory.
+
+        UserError if a unit cannot be encoded or a worker process has died.
+        """
         waiting = deque()
-        for unit in units:
-            waiting.append((unit, self.pool.submit(self.encode, unit)))
-            if len(waiting) > 2 * self.n:
-                unit, future = waiting.popleft()
+        try:
+            for unit in units:
+                with user_errors(OSError, where='cannot start a worker process: '), without_ctrl_c():
+                    waiting.append((unit, self.pool.submit(encode_here, unit)))
+                if len(waiting) > 2 * self.n:
+                    unit, future = waiting.popleft()
+                    yield unit, future.result()
+            for unit, future in waiting:
                 yield unit, future.result()
-        for unit, future in waiting:
-            yield unit, future.result()
-
-
-def work():
-    """Serve until standard input ends."""
-    results = os.fdopen(os.dup(1), 'wb')
-    os.dup2(2, 1)  # whatever else prints must not get in between
-    try:
-        job = pickle.load(sys.stdin.buffer)
-        tokenizer = load_tokenizer(job.spec)
-        while True:
-            unit = pickle.load(sys.stdin.buffer)
-            try:
-                result = encode(job, tokenizer, unit)
-            except UserError as error:
-                result = error
-            except ValueError as error:  # a character that is not in the vocabulary
-                result = UserError(f'{unit.where}: {error}; the text has changed since the vocabulary was made')
-            pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
-            results.flush()
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        os._exit(0)  # the parent has ended, maybe in the middle of a message
-
-
-if __name__ == '__main__':
-    from data import worker
-
-    worker.work()  # under its own name, which the pickles know its classes by
+        except BrokenProcessPool as error:
+            raise UserError(
+                'a worker process has died: run the same command again, it continues from here '
+                '(with --workers=1 if memory is short)'
+            ) from error

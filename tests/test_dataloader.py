@@ -1,4 +1,4 @@
-"""The order of training: a function of seed and step, whatever the ranks; windows, shards, checks."""
+"""The training order as a function of seed and step, on any number of ranks; windows, shards, checks of the files."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from conftest import CHARS, TINY, run_forked, run_forked_ok, write_data
 
 from common.distributed import Ranks
 from common.errors import UserError
-from dataloader import Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
+from dataloader import DataSet, Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
 from tokenizer import spec_from_meta, spec_from_nanogpt
 
 CPU = torch.device('cpu')
@@ -19,13 +19,13 @@ CPU = torch.device('cpu')
 
 @pytest.fixture
 def counting(tmp_path):
-    """A data set whose ids count up, so that a window tells where it lies: 1003 train tokens."""
+    """A split whose ids count up, so that a window shows its offset: 1003 train tokens."""
     np.arange(1003, dtype='<u2').tofile(tmp_path / 'train.bin')
     return Tokens(str(tmp_path), 'train', {}, 2000)
 
 
 def global_batch(tokens, world_size, order, step=0, steps=1):
-    """The rows that all ranks together train on in some steps, in micro-batch order -> (x, y) lists of lists."""
+    """First tokens of the sequences that all ranks together train on -> a list per micro-batch, in order."""
     rows = {}
     for rank in range(world_size):
         batches = TrainBatches(tokens, 10, 3, 4, 7, order, Ranks(rank, rank, world_size), CPU, step)
@@ -33,13 +33,13 @@ def global_batch(tokens, world_size, order, step=0, steps=1):
             for micro in range(rank, 4, world_size):
                 x, y = batches.next()
                 assert x.shape == y.shape == (3, 10) and x.dtype == torch.int64
-                assert torch.equal(y[:, :-1], x[:, 1:]) and torch.equal(y, x + 1)  # the next token, by construction
+                assert torch.equal(y[:, :-1], x[:, 1:]) and torch.equal(y, x + 1)  # the ids count up
                 rows[s, micro] = x[:, 0].tolist()
     return [rows[key] for key in sorted(rows)]
 
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
-def test_any_number_of_ranks_trains_on_the_same(counting, order):
+def test_any_number_of_ranks_trains_on_the_same_tokens(counting, order):
     alone = global_batch(counting, 1, order, steps=12)
     assert alone == global_batch(counting, 2, order, steps=12) == global_batch(counting, 4, order, steps=12)
 
@@ -51,7 +51,10 @@ def test_resuming_replays_nothing(counting, order):
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
 def test_a_growing_batch(counting, order):
-    """From 2 to 6 micro-batches over 5 steps: the same whatever the ranks and wherever resumed, and no window of an epoch left out."""
+    """From 2 to 6 micro-batches over 5 steps.
+
+    The sequences are the same on any number of ranks and after resuming, and an epoch leaves none out.
+    """
 
     def rows(world_size, step, end):
         taken = {}
@@ -72,6 +75,16 @@ def test_a_growing_batch(counting, order):
         assert len(set(starts[:99])) == 99, 'an epoch has 99 windows'
 
 
+def test_the_nearest_data_set_is_named(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    write_data(workspace / 'data' / 'text' / 'novel')
+    for name in ('novle', 'novel', 'text/novle'):
+        with pytest.raises(UserError, match=r'did you mean text/novel\?'):
+            DataSet(name)
+    with pytest.raises(UserError, match='data/text/prepare.py --input=FILE, or check --dataset$'):
+        DataSet('text/other')
+
+
 def test_seeds_and_steps_differ(counting):
     steps = global_batch(counting, 1, 'random', steps=3)
     assert len({tuple(rows) for rows in steps}) == len(steps)
@@ -82,12 +95,7 @@ def test_seeds_and_steps_differ(counting):
 def test_random_windows_reach_both_ends(tmp_path):
     np.arange(14, dtype='<u2').tofile(tmp_path / 'train.bin')
     starts = global_batch(Tokens(str(tmp_path), 'train', {}), 1, 'random', steps=20)
-    assert {start for rows in starts for start in rows} == {
-        0,
-        1,
-        2,
-        3,
-    }  # 3 + 11 = 14: the last window ends with the file
+    assert {start for rows in starts for start in rows} == {0, 1, 2, 3}  # 3 + 11 = 14: the last ends with the file
 
 
 def test_an_epoch_takes_every_window_once(counting):
@@ -98,19 +106,15 @@ def test_an_epoch_takes_every_window_once(counting):
         offset = min(taken)
         assert sorted(taken) == [offset + 10 * i for i in range(n_windows)] and offset + 10 * n_windows < 1003
         assert taken != sorted(taken)
-    assert (
-        len({min(starts[e * n_windows : (e + 1) * n_windows]) for e in range(12)}) > 3
-    )  # epochs are cut at other offsets
+    assert len({min(starts[e * n_windows : (e + 1) * n_windows]) for e in range(12)}) > 3, 'each has its own offset'
 
 
-def test_an_epoch_goes_on_with_batches_of_another_size(counting):
-    """A run that is resumed with larger, smaller or fewer batches still takes every window of the epoch once."""
+def test_an_epoch_continues_with_batches_of_another_size(counting):
+    """After resuming with larger, smaller or fewer batches, an epoch still takes every sequence once."""
 
     def batches(batch_size, micro_batches, step=0, taken=None, steps=1, ramp=(0, 0)):
-        made = TrainBatches(
-            counting, 10, batch_size, micro_batches, 7, 'shuffle', Ranks(), CPU, step, ramp, taken=taken
-        )
-        starts = []
+        arguments = counting, 10, batch_size, micro_batches, 7, 'shuffle', Ranks(), CPU, step, ramp
+        made, starts = TrainBatches(*arguments, taken=taken), []
         for s in range(step, step + steps):
             starts += [x[0].item() for _ in range(made.micro_batches_at(s)) for x in made.next()[0]]
         return starts, made.taken(step + steps)
@@ -122,12 +126,10 @@ def test_an_epoch_goes_on_with_batches_of_another_size(counting):
     assert taken == 54 and second == whole[24:54]
     third, taken = batches(1, 6, step=5, taken=taken, steps=4, ramp=(2, 7))
     assert first + second + third == whole[:taken]
-    assert batches(3, 4, step=2, taken=24)[0] == batches(3, 4, step=2)[0], (
-        'unchanged, it is the place that the step has'
-    )
+    assert batches(3, 4, step=2, taken=24)[0] == batches(3, 4, step=2)[0], 'taken=None means batches of this size'
 
 
-def test_one_text_is_told_from_another(tmp_path, counting):
+def test_another_text_has_another_checksum(tmp_path, counting):
     ids = np.arange(1003, dtype='<u2')
     for n, change in enumerate((slice(0, 0), slice(0, 1), slice(1002, 1003), slice(500, 501))):
         folder = tmp_path / str(n)
@@ -146,13 +148,14 @@ def test_shuffle_of_a_single_window(tmp_path):
 
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
-def test_windows_that_begin_with_a_document(tmp_path, order):
-    """Each window of the same order without alignment, moved on to the next beginning if it is near; the same on two ranks."""
+def test_sequences_that_start_with_a_document(tmp_path, order):
+    """Each sequence of the order without alignment, moved to the next start of a document if it is near."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 50, 2000).astype('<u2')
     ids[rng.integers(0, 2000, 120)] = 0
-    ids[1900:] = 7  # none begins here
+    ids[1900:] = 7  # no document starts here
     ids.tofile(tmp_path / 'train.bin')
+    beginnings = {0, *(np.flatnonzero(ids == 0) + 1).tolist()}
     tokens = Tokens(str(tmp_path), 'train', {}, 50)
     moved = 0
     for world_size in (1, 2):
@@ -165,14 +168,7 @@ def test_windows_that_begin_with_a_document(tmp_path, order):
                 for micro in range(rank, 4, world_size):
                     starts = plain.window_starts(step)[micro * 3 : micro * 3 + 3].astype(int).tolist()
                     expected = [
-                        next(
-                            (
-                                at
-                                for at in range(start, start + 10)
-                                if (at == 0 or ids[at - 1] == 0) and at + 11 <= 2000
-                            ),
-                            start,
-                        )
+                        next((at for at in range(start, start + 10) if at in beginnings and at + 11 <= 2000), start)
                         for start in starts
                     ]
                     x, y = aligned.next()
@@ -182,8 +178,8 @@ def test_windows_that_begin_with_a_document(tmp_path, order):
     assert moved > 50
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='tells resident memory on Linux only')
-def test_memory_does_not_grow_with_what_was_read(tmp_path):
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads resident memory from /proc')
+def test_memory_does_not_grow_with_the_data_read(tmp_path):
     with open(tmp_path / 'train.bin', 'wb') as file:
         file.truncate(600_000_000)
     tokens = Tokens(str(tmp_path), 'train', {}, 10)
@@ -195,12 +191,12 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path):
 
     batches.next()
     before = resident()
-    for _ in range(2000):  # of 4 KiB pages there are 146,000, and these would touch 20,000 of them
+    for _ in range(2000):  # memory-mapped, they would touch 20,000 of the file's 146,000 pages
         batches.next()
     assert resident() - before < 20_000_000
 
 
-def test_a_file_that_was_cut_after_it_was_opened(tmp_path):
+def test_a_file_that_is_truncated_after_it_was_opened(tmp_path):
     np.arange(1003, dtype='<u2').tofile(tmp_path / 'train.bin')
     tokens = Tokens(str(tmp_path), 'train', {}, 2000)
     os.truncate(tmp_path / 'train.bin', 1000)
@@ -218,7 +214,7 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
     assert tokens.open_shard.cache_info().currsize == 3
 
 
-def test_shards_are_one_long_row(tmp_path, counting):
+def test_shards_are_one_array(tmp_path, counting):
     ids = np.arange(1003, dtype='<u4')
     folder = tmp_path / 'shards'
     folder.mkdir()
@@ -241,7 +237,7 @@ def test_evaluation_windows(counting, world_size):
                 rows += x[real, 0].tolist()
         return sorted(rows)
 
-    assert windows(1000) == list(range(0, 1000, 10))  # more than there are: the whole split, once
+    assert windows(1000) == list(range(0, 1000, 10))  # more than the split has: all of it, once
     few = windows(3)
     assert len(few) == 24 and few == windows(3)
     assert max(few) > 900 and {b - a for a, b in zip(few, few[1:])} <= {40, 50}  # spread evenly
@@ -254,7 +250,7 @@ def test_ids_are_checked_when_opened_and_when_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='holds the id 65, the vocabulary ends at 64'):
         Tokens(str(tmp_path), 'train', {}, 65)
     tokens = Tokens(str(tmp_path), 'train', {}, 66)
-    tokens.vocab_size = 65  # as if the first check had passed over it, as it may in a very large file
+    tokens.vocab_size = 65  # as if the first check had missed it, as in a very large file
     assert tokens.windows([0, 600], 100).shape == (2, 100)
     with pytest.raises(UserError, match='holds the id 65'):
         tokens.windows([0, 650], 100)
@@ -279,15 +275,15 @@ def test_meta_json_and_nanogpt_meta_pkl(tmp_path):
     assert spec_from_nanogpt(read_meta(str(theirs))['nanogpt']) is None
 
 
-# --- descriptions that others wrote -----------------------------------------------------------------------------------
+# --- descriptions written by others -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('protocol', [3, 4, 5])
 @pytest.mark.parametrize(
     'number', [np.int64(70000), np.uint8(200), np.int16(-3), np.array(5, dtype='>i4')[()], np.uint64(2**63)]
 )
-def test_whole_numbers_of_numpy_in_a_pickle(number, protocol):
-    """As numpy's own unpickling reads them; as plain numbers, and with no code of numpy's run."""
+def test_numpy_integers_in_a_pickle(number, protocol):
+    """They have the values of numpy, as plain int, without running any code of numpy."""
     content = pickle.dumps({'vocab_size': number}, protocol)
     for module in (b'numpy._core', b'numpy.core'):  # of numpy 2 and of numpy 1
         theirs = content.replace(b'numpy._core', module) if protocol < 4 else content
@@ -326,8 +322,8 @@ def test_anything_else_in_a_pickle_is_refused(tmp_path, content):
         ({'stoi': {chr(65 + i): 2 * i for i in range(30)}}, None),
     ],
 )
-def test_nanogpt_meta_of_which_only_the_size_is_needed(tmp_path, meta, chars):
-    """nanoGPT trains on it; its ids are decoded only if each is known to be a character."""
+def test_nanogpt_meta_without_a_character_per_id(tmp_path, meta, chars):
+    """nanoGPT trains on it; the ids are decoded only if each is known to be a character."""
     (np.arange(500) % 60).astype('<u2').tofile(tmp_path / 'train.bin')
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 60, **meta}))
     read = read_meta(str(tmp_path))
@@ -346,7 +342,7 @@ def test_training_on_ids_that_are_words(workspace):
     saved = torch.load(workspace / 'out/ckpt.pt', weights_only=True)
     assert saved['model']['transformer.wte.weight'].shape[0] == 60 and saved.get('tokenizer') is None
     result = run_forked('sample.py', '--device=cpu', cwd=workspace)
-    assert result.returncode == 2 and 'no telling what its ids mean' in result.stderr
+    assert result.returncode == 2 and 'its ids cannot be turned into text' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -358,7 +354,7 @@ def test_training_on_ids_that_are_words(workspace):
         ('meta.json', {'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(2**16, 2**16 + 70000)))}}),
     ],
 )
-def test_a_vocabulary_that_needs_uint32_is_stored_as_such(tmp_path, name, content):
+def test_a_vocabulary_that_needs_uint32(tmp_path, name, content):
     ids = np.random.default_rng(0).integers(0, 65537, 1000).astype('<u4')
     ids[500] = 65536
     ids.tofile(tmp_path / 'train.bin')
@@ -367,7 +363,7 @@ def test_a_vocabulary_that_needs_uint32_is_stored_as_such(tmp_path, name, conten
 
 
 @pytest.mark.parametrize('vocab_size', [1, 60, 65536])
-def test_a_vocabulary_that_does_not_is_uint16(tmp_path, vocab_size):
+def test_a_vocabulary_that_fits_uint16(tmp_path, vocab_size):
     (np.arange(1000) % vocab_size).astype('<u2').tofile(tmp_path / 'train.bin')
     (tmp_path / 'meta.json').write_text(json.dumps({'vocab_size': vocab_size}))
     meta = read_meta(str(tmp_path))
@@ -375,11 +371,11 @@ def test_a_vocabulary_that_does_not_is_uint16(tmp_path, vocab_size):
     assert len(Tokens(str(tmp_path), 'train', meta, vocab_size)) == 1000
 
 
-@pytest.mark.parametrize('stored, told', [('<u4', None), ('<i8', None), ('<u4', 'uint16'), ('<i8', 'uint32')])
-def test_ids_that_are_wider_than_they_were_taken_for(tmp_path, stored, told):
+@pytest.mark.parametrize('stored, dtype', [('<u4', None), ('<i8', None), ('<u4', 'uint16'), ('<i8', 'uint32')])
+def test_ids_of_a_larger_type_than_expected(tmp_path, stored, dtype):
     ids = np.random.default_rng(0).integers(0, 50257, 1000)
     ids.astype(stored).tofile(tmp_path / 'train.bin')
-    (tmp_path / 'meta.json').write_text(json.dumps({'dtype': told} if told else {'vocab_size': 50257}))
+    (tmp_path / 'meta.json').write_text(json.dumps({'dtype': dtype} if dtype else {'vocab_size': 50257}))
     with pytest.raises(UserError, match='every second id is 0'):
         Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)))
     ids.astype('<u4').tofile(tmp_path / 'train.bin')
@@ -390,13 +386,11 @@ def test_ids_that_are_wider_than_they_were_taken_for(tmp_path, stored, told):
 def test_every_second_id_may_be_0_where_the_sizes_say_so(tmp_path):
     np.tile([5, 0], 500).astype('<u2').tofile(tmp_path / 'train.bin')
     meta = {'vocab_size': 6, 'dtype': 'uint16', 'tokens': {'train': 1000}}
-    (tmp_path / 'meta.json').write_bytes(
-        b'\xef\xbb\xbf' + json.dumps(meta).encode()
-    )  # as an editor on Windows saves it
+    (tmp_path / 'meta.json').write_bytes(b'\xef\xbb\xbf' + json.dumps(meta).encode())  # as editors on Windows save it
     assert len(Tokens(str(tmp_path), 'train', read_meta(str(tmp_path)), 6)) == 1000
 
 
-def test_a_meta_json_may_tell_sizes_of_what_a_meta_pkl_describes(tmp_path):
+def test_meta_json_may_complete_a_meta_pkl(tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'é'}}))
     (tmp_path / 'meta.json').write_text('{"dtype": "uint32"}')
     meta = read_meta(str(tmp_path))
@@ -429,7 +423,7 @@ def test_numbers_in_meta_json_are_checked(tmp_path, text):
         read_meta(str(tmp_path))
 
 
-def test_an_array_with_a_header_is_no_row_of_ids(tmp_path):
+def test_a_npy_file_is_refused(tmp_path):
     with open(tmp_path / 'train.bin', 'wb') as file:
         np.save(file, np.arange(1000, dtype='<u2'))
     with pytest.raises(UserError, match='it is a .npy file'):

@@ -1,4 +1,4 @@
-"""From text to token files: every kind of input, any number of workers, interrupted anywhere, against naive encodings of the whole."""
+"""From text to token files: every input format, any number of workers, any interruptions, against naive encodings."""
 
 import csv
 import errno
@@ -6,6 +6,7 @@ import glob
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -25,30 +26,12 @@ from common.files import LOCK, written_whole
 from data import pipeline, sources
 from data.pipeline import write_dataset
 from data.sources import Documents, Files, pieces_of, safe_cut
-from data.worker import Job, Worker, document_hash
+from data.worker import Job, Workers, document_hash
 from dataloader import Tokens, read_meta
 from tokenizer import ByteTokenizer, load_tokenizer
 
-WORDS = [
-    'the',
-    ' a',
-    'Größe',
-    '中文',
-    '\n',
-    '\n\n',
-    '  ',
-    '1999',
-    "'s",
-    '...',
-    'naïve',
-    '😀',
-    '\t',
-    'code(x)',
-    '<|endoftext|>',
-    '\u3000',
-    '\x1c',
-    'e\u0301',
-]
+WORDS = ['the', ' a', 'Größe', '中文', '\n', '\n\n', '  ', '1999', "'s", '...', 'naïve', '😀', '\t', 'code(x)']
+WORDS += ['<|endoftext|>', '\u3000', '\x1c', 'e\u0301']
 
 
 def random_text(rng, words):
@@ -61,7 +44,7 @@ def make_documents(n, seed=0, words=40):
 
 
 def write_input(folder, kind, documents):
-    """The documents as input of a kind -> its path."""
+    """Write documents as an input of some format -> its path."""
     folder.mkdir(exist_ok=True)
     lines = ''.join(
         json.dumps({'n': i, 'text': text}, ensure_ascii=i % 2 == 0) + '\n' for i, text in enumerate(documents)
@@ -72,16 +55,16 @@ def write_input(folder, kind, documents):
     elif kind == 'jsonl':
         (folder / 'a.jsonl').write_bytes(b'\xef\xbb\xbf' + lines.rstrip(b'\n'))
     elif kind == 'jsonl.gz':
-        (folder / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
+        (folder / 'a.jsonl.gz').write_bytes(gzip.compress(lines, mtime=0))
     elif kind == 'jsonl.zst':
-        half = len(lines) // 2  # two frames, as when two files were put one behind the other
+        half = len(lines) // 2  # two frames, like two concatenated files
         compress = pytest.importorskip('zstandard').compress
         (folder / 'a.jsonl.zst').write_bytes(compress(lines[:half]) + compress(lines[half:]))
     elif kind == 'parquet':
         write_parquet(folder / 'a.parquet', documents)
     elif kind == 'txt.gz':
         for i, text in enumerate(documents):
-            (folder / f'{i:05d}.txt.gz').write_bytes(gzip.compress(text.encode()))
+            (folder / f'{i:05d}.txt.gz').write_bytes(gzip.compress(text.encode(), mtime=0))
     elif kind == 'json':
         rows = [text if i % 3 == 0 else {'n': [i], 'text': text} for i, text in enumerate(documents)]
         (folder / 'a.json').write_text('\ufeff' + json.dumps(rows, indent=1, ensure_ascii=False), encoding='utf-8')
@@ -90,7 +73,7 @@ def write_input(folder, kind, documents):
             rows = csv.writer(file)
             rows.writerow(['n', 'text', 'source'])
             rows.writerows([i, text, 'a, "b"'] for i, text in enumerate(documents))
-    else:  # some of each
+    else:  # mixed
         k = len(documents) // 3
         for i, text in enumerate(documents[:k]):
             (folder / f'a{i:05d}.txt').write_bytes(text.encode())
@@ -100,27 +83,16 @@ def write_input(folder, kind, documents):
 
 
 def write_parquet(path, documents, row_group_size=50):
-    """A file with the columns of FineWeb-Edu's."""
+    """A file with the columns of FineWeb-Edu."""
     pa = pytest.importorskip('pyarrow')
     pytest.importorskip('datasets')
     import pyarrow.parquet
 
     n = len(documents)
-    table = pa.table(
-        {
-            'text': documents,
-            'id': [f'<urn:uuid:{i}>' for i in range(n)],
-            'dump': ['CC-MAIN-2013-20'] * n,
-            'url': ['http://example.org/'] * n,
-            'file_path': ['s3://x'] * n,
-            'language': ['en'] * n,
-            'language_score': [0.97] * n,
-            'token_count': list(range(n)),
-            'score': [2.75] * n,
-            'int_score': [3] * n,
-        }
-    )
-    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    columns = {'text': documents, 'id': [f'<urn:uuid:{i}>' for i in range(n)], 'dump': ['CC-MAIN-2013-20'] * n}
+    columns |= {'url': ['http://example.org/'] * n, 'file_path': ['s3://x'] * n, 'language': ['en'] * n}
+    columns |= {'language_score': [0.97] * n, 'token_count': list(range(n)), 'score': [2.75] * n, 'int_score': [3] * n}
+    pyarrow.parquet.write_table(pa.table(columns), path, row_group_size=row_group_size)
 
 
 KINDS = ['txt', 'txt.gz', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'json', 'csv', 'parquet', 'mixed']
@@ -131,7 +103,7 @@ def hashes(folder):
 
 
 def decoded(folder, split):
-    """The documents of a split, read back."""
+    """Decode the documents of a split."""
     meta = read_meta(str(folder))
     tokenizer = load_tokenizer(meta['tokenizer'])
     ids = Tokens(str(folder), split, meta)[0 : meta['tokens'][split]]
@@ -144,7 +116,7 @@ def decoded(folder, split):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
+def test_reading_continues_at_any_unit(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sources, 'UNIT', 500)
     monkeypatch.setattr(sources, 'ROWS', 16)
     documents = make_documents(200)
@@ -163,8 +135,8 @@ def test_reading_goes_on_from_any_unit(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize('before', [0, 300, 700, 1100])
-def test_reading_a_text_goes_on_from_any_unit(tmp_path, monkeypatch, before):
-    """Without spaces, where it has to be cut anyhow: the cuts too are where they were, around the beginning of validation as well."""
+def test_reading_a_text_continues_at_any_unit(tmp_path, monkeypatch, before):
+    """Also a text without spaces, and around the start of validation: the cuts are in the same places."""
     monkeypatch.setattr(sources, 'UNIT', 200)
     text = 'some words ' * (before // 11) + 'ä' * 1500 + '\r\nand\r\n' * 40
     (tmp_path / 'book.txt').write_bytes(b'\xef\xbb\xbf' + text.encode())
@@ -176,8 +148,8 @@ def test_reading_a_text_goes_on_from_any_unit(tmp_path, monkeypatch, before):
 
 
 @pytest.mark.parametrize('kind', ['jsonl.gz', 'jsonl.zst'])
-def test_a_file_that_was_cut_short_is_not_taken_for_whole(tmp_path, kind):
-    """Cut at its end, in its middle, and a few bytes into its second frame, if it has one."""
+def test_a_truncated_compressed_file_is_an_error(tmp_path, kind):
+    """Truncated at the end, in the middle, and a few bytes into a second frame."""
     path = write_input(tmp_path / 'in', kind, make_documents(5000)) / f'a.{kind}'
     whole = path.read_bytes()
 
@@ -192,8 +164,8 @@ def test_a_file_that_was_cut_short_is_not_taken_for_whole(tmp_path, kind):
             count()
 
 
-def test_a_long_text_is_cut_where_no_token_is(monkeypatch, gpt2_vocabulary):
-    """Encoding the pieces gives what encoding the whole gives."""
+def test_a_long_text_is_cut_between_tokens(monkeypatch, gpt2_vocabulary):
+    """Encoding the pieces gives the ids of the whole."""
     rng = random.Random(5)
     for _ in range(300):
         text = random_text(rng, 60)
@@ -212,10 +184,8 @@ def test_a_text_larger_than_a_unit(tmp_path, monkeypatch, gpt2_vocabulary):
     meta = read_meta(str(tmp_path / 'data'))
     k = int(0.9 * len(text))
     for split, part in (('train', text[:k]), ('val', text[k:])):
-        assert (
-            Tokens(str(tmp_path / 'data'), split, meta)[0 : meta['tokens'][split]].tolist()
-            == gpt2_vocabulary.encode(part).tolist()
-        )
+        ids = Tokens(str(tmp_path / 'data'), split, meta)[0 : meta['tokens'][split]].tolist()
+        assert ids == gpt2_vocabulary.encode(part).tolist()
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 50, 10**6])
@@ -227,9 +197,8 @@ def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, size):
             path.write_text(text, encoding='utf-8')
             source = Files(str(path), 0.1)
             monkeypatch.setattr(sources, 'UNIT', size)
-            assert [piece.text for unit in source.units() for piece in unit.pieces] == [
-                text for text in texts[: len(rows)] if text
-            ]
+            read = [piece.text for unit in source.units() for piece in unit.pieces]
+            assert read == [text for text in texts[: len(rows)] if text]
             monkeypatch.undo()
 
 
@@ -238,27 +207,27 @@ def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, size):
     [
         ('a.json', '["x", "y"', 'it ends|neither a comma'),
         ('a.json', '["x" "y"]', 'after element 1 there is neither a comma'),
-        ('a.json', '["x",]', 'no array of JSON'),
+        ('a.json', '["x",]', 'not a JSON array'),
         ('a.json', '["x"] ["y"]', 'something follows'),
-        ('a.json', '["x', 'no array of JSON'),
-        ('a.json', '["x", 5]', "number 2: no JSON object with a text 'text'"),
-        ('a.json', '[{"content": "x"}]', "no JSON object with a text 'text'"),
-        ('a.json', '[' * 100000, 'no array of JSON'),
-        ('a.json', '["x", null]', "no JSON object with a text 'text'"),
-        ('a.json', '{"text": "x"}\n{"text": \n', 'byte 14: this is no line of JSON'),
-        ('a.json', '{\n "text": "x"\n}\n', 'is neither an array of texts or objects nor one of them a line'),
-        ('a.json', '{"data": ["x"]}', "no JSON object with a text 'text'"),
+        ('a.json', '["x', 'not a JSON array'),
+        ('a.json', '["x", 5]', "number 2: not a JSON object with a text 'text'"),
+        ('a.json', '[{"content": "x"}]', "not a JSON object with a text 'text'"),
+        ('a.json', '[' * 100000, 'not a JSON array'),
+        ('a.json', '["x", null]', "not a JSON object with a text 'text'"),
+        ('a.json', '{"text": "x"}\n{"text": \n', 'byte 14: this is not a line of JSON'),
+        ('a.json', '{\n "text": "x"\n}\n', 'is neither an array of texts or objects nor one of them per line'),
+        ('a.json', '{"data": ["x"]}', "not a JSON object with a text 'text'"),
         ('a.csv', 'n,content\n1,x\n', "must name one column 'text': --text_key= may be one of n, content"),
         ('a.csv', 'text,n,text\nx,1,y\n', "must name one column 'text'"),
         ('a.csv', 'n;text\n1;x\n', "must name one column 'text'"),
         ('a.csv', 'n,text\n1,Hello, world\n', 'line 2: 3 fields, where the first line names 2'),
         ('a.csv', 'n,text\n1,x\n2\n', 'line 3: 1 fields'),
-        ('a.csv', 'n,text\n1,"x\0y"\n', 'line 2: (holds a zero byte|not .csv)'),
-        ('a.csv', 'n,text\n1,"x\n2,y\n', 'not .csv: unexpected end of data'),
-        ('a.csv', 'n,text\n1,"x" y\n', 'line 2: not .csv'),
+        ('a.csv', 'n,text\n1,"x\0y"\n', 'line 2: (holds a zero byte|not valid .csv)'),
+        ('a.csv', 'n,text\n1,"x\n2,y\n', 'not valid .csv: unexpected end of data'),
+        ('a.csv', 'n,text\n1,"x" y\n', 'line 2: not valid .csv'),
     ],
 )
-def test_a_table_that_is_not_what_it_says(tmp_path, name, content, words):
+def test_invalid_tables(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=words) as error:
         for unit in Files(str(tmp_path / name), 0.1).units():
@@ -266,8 +235,8 @@ def test_a_table_that_is_not_what_it_says(tmp_path, name, content, words):
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_one_value_a_line_may_be_called_json(tmp_path):
-    """With a byte order mark and line ends of Windows, too."""
+def test_json_lines_may_be_called_json(tmp_path):
+    """Also with a byte order mark and Windows line ends."""
     for name in ('a.json', 'a.jsonl'):
         (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n"two"\r\n{"text": "three\\r\\n"}')
         units = Files(str(tmp_path / name), 0.1).units()
@@ -288,18 +257,19 @@ def test_one_value_a_line_may_be_called_json(tmp_path):
         ('a.txt', 'x'.encode('utf-16')),
         ('a.txt', b'x\0'),
         ('a.md', b'caf\xe9'),
-        ('a.txt.gz', gzip.compress(b'x\0')),
-        ('a', gzip.compress(b'x')),
+        ('a.txt.gz', gzip.compress(b'x\0', mtime=0)),
+        ('a', gzip.compress(b'x', mtime=0)),
     ],
 )
-def test_what_is_not_text_is_refused_by_name_or_passed_over_by_name(tmp_path, capsys, name, content):
+def test_files_that_are_not_text(tmp_path, capsys, name, content):
+    """Alone, they are an error; in a folder, they are skipped. Either way the message names the file."""
     folder = tmp_path / 'in'
     folder.mkdir()
     (folder / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         Files(str(folder / name), 0.1)
     assert str(folder / name) in str(error.value) and 'no text in' not in str(error.value)
-    with pytest.raises(UserError, match='there is no text in .*: passed over 1 files, the first: ') as error:
+    with pytest.raises(UserError, match='there is no text in .*: skipped 1 files, the first: ') as error:
         Files(str(folder), 0.1)
     assert str(folder / name) in str(error.value)
     (folder / 'b.txt').write_text('a novel')
@@ -307,15 +277,15 @@ def test_what_is_not_text_is_refused_by_name_or_passed_over_by_name(tmp_path, ca
     source = Files(str(folder), 0.1)
     assert [path for path, _ in source.files] == [str(folder / 'b.txt')]
     out = capsys.readouterr().out
-    assert out.startswith(f'passed over 2 files, the first: {folder / name}') and len(out.splitlines()) == 1
+    assert out.startswith(f'skipped 2 files, the first: {folder / name}') and len(out.splitlines()) == 1
 
 
-def test_what_a_folder_takes(tmp_path, capsys):
-    """Beside tables only .txt files, else all that are text; hidden files and folders are nothing."""
+def test_which_files_of_a_folder_are_read(tmp_path, capsys):
+    """Next to tables only .txt files, otherwise all texts; no hidden files."""
     for name in ('a.txt', 'b.md', 'c.py', '.hidden.txt', '.git/config', 'deep/d.TXT', 'e.txt.gz'):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(gzip.compress(b'some text') if name.endswith('gz') else b'some text')
+        path.write_bytes(gzip.compress(b'some text', mtime=0) if name.endswith('gz') else b'some text')
 
     def taken():
         return [os.path.relpath(path, tmp_path) for path, _ in Files(str(tmp_path), 0.1).files]
@@ -324,11 +294,11 @@ def test_what_a_folder_takes(tmp_path, capsys):
     assert not capsys.readouterr().out
     (tmp_path / 'f.csv').write_text('text\nsome text\n')
     assert taken() == ['a.txt', 'e.txt.gz', 'f.csv', 'deep/d.TXT']
-    assert f'passed over 2 files, the first: {tmp_path / "b.md"} is no .txt file' in capsys.readouterr().out
+    assert f'skipped 2 files, the first: {tmp_path / "b.md"} is not a .txt file' in capsys.readouterr().out
 
 
 def test_links(tmp_path, capsys):
-    """A link to a file is the file; one to a folder is told of; one to nothing is an error."""
+    """A link to a file is followed, a link to a folder is skipped with a message, a broken link is an error."""
     folder, elsewhere = tmp_path / 'in', tmp_path / 'elsewhere'
     folder.mkdir()
     elsewhere.mkdir()
@@ -336,9 +306,9 @@ def test_links(tmp_path, capsys):
     os.symlink(elsewhere / 'a.txt', folder / 'a.txt')
     os.symlink(elsewhere, folder / 'b')
     assert [path for path, _ in Files(str(folder), 0.1).files] == [str(folder / 'a.txt')]
-    assert f'passed over 1 files, the first: {folder / "b"} is a link to a folder' in capsys.readouterr().out
+    assert f'skipped 1 files, the first: {folder / "b"} is a link to a folder' in capsys.readouterr().out
     os.symlink(elsewhere / 'gone.txt', folder / 'c.txt')
-    with pytest.raises(UserError, match='c.txt is a link to something that is not there: mend it, or delete it'):
+    with pytest.raises(UserError, match='c.txt is a broken link: fix it, or delete it'):
         Files(str(folder), 0.1)
 
 
@@ -346,8 +316,8 @@ def test_links(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_every_kind_of_input_in_full(tmp_path, kind):
-    """Every document once, in its split by its hash, in order, whole; counted rightly."""
+def test_every_format_completely(tmp_path, kind):
+    """Every document once, complete, in order, in the split of its hash; and the counts are right."""
     documents = make_documents(400)
     source = Files(str(write_input(tmp_path / 'in', kind, documents)), 0.1)
     write_dataset(str(tmp_path / 'data'), source, 'byte', shard_tokens=5000, workers=2)
@@ -370,7 +340,7 @@ def test_every_kind_of_input_in_full(tmp_path, kind):
 
 
 class Interrupted:
-    """A source that is interrupted, as by Ctrl-C, after so many units."""
+    """A source that raises KeyboardInterrupt, like Ctrl-C, after some units."""
 
     def __init__(self, source, after):
         self.source, self.after = source, after
@@ -385,8 +355,10 @@ class Interrupted:
             yield unit
 
 
-@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind not in ('txt.gz', 'csv')])  # read like others of these
-def test_interrupted_anywhere_and_with_any_workers_the_bytes_are_the_same(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    'kind', [kind for kind in KINDS if kind not in ('txt.gz', 'csv')]
+)  # these are read like others
+def test_the_same_bytes_with_any_interruptions_and_workers(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sources, 'UNIT', 2000)
     monkeypatch.setattr(sources, 'ROWS', 16)
     path = str(write_input(tmp_path / 'in', kind, make_documents(500, seed=3)))
@@ -397,7 +369,7 @@ def test_interrupted_anywhere_and_with_any_workers_the_bytes_are_the_same(tmp_pa
             write_dataset(str(tmp_path / 'often'), Interrupted(Files(path, 0.1), after), 'bpe', workers=3, **arguments)
         except KeyboardInterrupt:
             left = tmp_path / 'often' / 'preparing'
-            if left.exists():  # as if more had been written than was counted, and half an id
+            if left.exists():  # as if more was written than counted, and half an id
                 with open(sorted(left.glob('train_*.bin'))[-1], 'ab') as file:
                     file.write(b'abc')
             with pytest.raises(UserError, match='there is no data set|missing'):
@@ -407,22 +379,20 @@ def test_interrupted_anywhere_and_with_any_workers_the_bytes_are_the_same(tmp_pa
 
 @pytest.fixture
 def data_folder(tmp_path):
-    """A folder with the scripts and data/NAME/prepare.py, so that nothing is written into the real one."""
-    for path in [
-        *REPO.glob('*.py'),
-        *REPO.glob('common/*.py'),
-        *REPO.glob('data/*.py'),
-        *REPO.glob('data/*/prepare.py'),
-    ]:
-        target = tmp_path / path.relative_to(REPO)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+    """A copy of the scripts and data/NAME/prepare.py, so that nothing is written into the repository."""
+    for pattern in ('*.py', 'common/*.py', 'data/*.py', 'data/*/prepare.py'):
+        for path in REPO.glob(pattern):
+            target = tmp_path / path.relative_to(REPO)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
     return tmp_path
 
 
 def test_killed_at_random_moments(data_folder):
-    """kill -9, through the command that a user types, if with smaller units: each time it goes on from where it was, no process stays
-    behind, and the end is the same."""
+    """kill -9 of the command that a user types, with smaller units.
+
+    Each time the same command continues, no process is left behind, and the final bytes are the same.
+    """
     path = write_input(data_folder / 'in', 'jsonl', make_documents(4000, words=100))
     made = data_folder / 'data' / 'text'
     arguments = [f'--input={path}', '--tokenizer=bpe', '--vocab_size=500', '--shard_tokens=100_000', '--workers=2']
@@ -438,13 +408,14 @@ def test_killed_at_random_moments(data_folder):
             [sys.executable, '-c', code, *arguments, f'--name={name}'],
             cwd=data_folder,
             env=environment(),
-            stdout=subprocess.PIPE,
+            stdout=open(data_folder / 'output', 'w'),
             stderr=subprocess.DEVNULL,
-            text=True,
         )
 
-    once = start('once')
-    assert once.communicate() and once.returncode == 0
+    def output():
+        return (data_folder / 'output').read_text()
+
+    assert start('once').wait() == 0
     progress = made / 'often' / 'preparing' / 'progress.json'
     for kill in range(kills):
         process = start('often')
@@ -453,21 +424,29 @@ def test_killed_at_random_moments(data_folder):
             assert process.poll() is None
             time.sleep(0.003)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and ('going on after' in process.stdout.read()) == (kill > 0)
-    often = start('often')
-    assert 'going on after' in often.communicate()[0] and often.returncode == 0
+        assert process.wait() == -signal.SIGKILL and ('continuing after' in output()) == (kill > 0)
+    assert start('often').wait() == 0 and 'continuing after' in output()
     assert hashes(made / 'often') == hashes(made / 'once') and len(hashes(made / 'once')) > 4
-    left = ''
-    for _ in range(50 if shutil.which('pgrep') else 0):
-        left = subprocess.run(['pgrep', '-f', str(data_folder / 'data')], capture_output=True, text=True).stdout
+    for _ in range(50):
+        left = processes_in(data_folder)
         if not left:
             break
         time.sleep(0.1)
     assert not left
 
 
-def test_moving_up_can_be_interrupted(tmp_path, monkeypatch):
-    """The second preparation has other shards than the first; until all have moved, training refuses, then it has the new ones only."""
+def processes_in(folder):
+    """The ids of the processes whose working directory is this folder; [] where there is no /proc."""
+    ids = []
+    for process in Path('/proc').glob('[0-9]*'):
+        with suppress(OSError):
+            if (process / 'cwd').readlink() == folder:
+                ids.append(process.name)
+    return ids
+
+
+def test_publishing_can_be_interrupted(tmp_path, monkeypatch):
+    """The second data set has other shards than the first. Training refuses until all have been moved."""
     paths = [
         str(write_input(tmp_path / name, 'jsonl', make_documents(300, seed)))
         for seed, name in enumerate(('first', 'second'))
@@ -494,8 +473,8 @@ def test_moving_up_can_be_interrupted(tmp_path, monkeypatch):
     assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
 
 
-def test_nothing_of_an_earlier_preparation_is_left_when_the_new_one_moves_up(tmp_path, monkeypatch):
-    """Stopped before the first file has moved: the sizes are the same, but the old files are gone."""
+def test_an_earlier_data_set_is_deleted_before_publishing(tmp_path, monkeypatch):
+    """Interrupted before the first file is moved: the sizes are the same, but the old files are gone."""
     for name, text in (('first', 'abc' * 200), ('second', 'xyz' * 200)):
         (tmp_path / f'{name}.txt').write_text(text)
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'first.txt'), 0.1), 'char')
@@ -514,7 +493,7 @@ def test_nothing_of_an_earlier_preparation_is_left_when_the_new_one_moves_up(tmp
 
 
 @pytest.mark.parametrize('left', [[], ['progress.json'], ['meta.json', 'progress.json'], ['train_000.bin', 'lock']])
-def test_what_is_left_of_a_folder_half_deleted_is_no_obstacle(tmp_path, left):
+def test_a_half_deleted_folder_does_no_harm(tmp_path, left):
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
     (tmp_path / 'data/preparing').mkdir(parents=True)
     for name in left:
@@ -526,7 +505,7 @@ def test_what_is_left_of_a_folder_half_deleted_is_no_obstacle(tmp_path, left):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, kind):
-    """Whether it grows, shrinks or is gone: one line, nothing is published, and the same command then prepares what there is."""
+    """One error line, nothing is published, and the same command then prepares the new input."""
     monkeypatch.setattr(sources, 'UNIT', 2000)
     path = write_input(tmp_path / 'in', kind, make_documents(300))
     victim = sorted(path.iterdir())[-1]
@@ -541,7 +520,7 @@ def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, kind):
     with pytest.raises(UserError, match='has changed while it was being read|cannot read'):
         write_dataset(str(tmp_path / 'data'), Meddled(Files(str(path), 0.1), 0), 'byte')
     assert not list((tmp_path / 'data').glob('*.bin'))
-    if kind in ('txt', 'jsonl', 'mixed'):  # the others are spoilt by a byte behind their end
+    if kind in ('txt', 'jsonl', 'mixed'):  # a byte after the end makes the others invalid
         write_dataset(str(tmp_path / 'data'), Files(str(path), 0.1), 'byte')
         write_dataset(str(tmp_path / 'expected'), Files(str(path), 0.1), 'byte')
         assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
@@ -560,7 +539,7 @@ def test_input_that_changes_while_it_is_read(tmp_path, monkeypatch, kind):
         ('setup.json', b'{'),
     ],
 )
-def test_a_damaged_preparation_is_one_line(tmp_path, monkeypatch, name, content):
+def test_a_damaged_preparation_is_one_error_line(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(300)))
     with pytest.raises(KeyboardInterrupt):
@@ -576,7 +555,7 @@ def test_a_damaged_preparation_is_one_line(tmp_path, monkeypatch, name, content)
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte', shard_tokens=1000)
 
 
-def test_a_lost_shard_is_seen_before_anything_is_deleted(tmp_path, monkeypatch):
+def test_a_lost_shard_is_noticed_before_anything_is_deleted(tmp_path, monkeypatch):
     for name in ('first', 'second'):
         (tmp_path / f'{name}.txt').write_text(name * 500)
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'first.txt'), 0.1), 'char')
@@ -602,13 +581,13 @@ def test_interrupted_before_anything_is_encoded(tmp_path, capsys):
     assert 'interrupted; nothing was encoded yet' in capsys.readouterr().err and not (tmp_path / 'data').exists()
 
 
-def test_other_text_or_settings_start_anew(tmp_path, monkeypatch, capsys):
+def test_other_text_or_settings_start_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(100)))
     with pytest.raises(KeyboardInterrupt):
         write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 7), 'byte')
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte', shard_tokens=100)
-    assert 'starting anew' in capsys.readouterr().out
+    assert 'starting over' in capsys.readouterr().out
     write_dataset(str(tmp_path / 'expected'), Files(path, 0.1), 'byte', shard_tokens=100)
     assert hashes(tmp_path / 'data') == hashes(tmp_path / 'expected')
 
@@ -652,7 +631,7 @@ def test_max_tokens(tmp_path, monkeypatch):
         write_dataset(str(tmp_path / 'book'), Files(str(tmp_path / 'book.txt'), 0.1), 'byte', max_tokens=100)
 
 
-def test_a_full_disk_is_seen_before_it_is_full(tmp_path, monkeypatch):
+def test_disk_space_is_checked_first(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(500)))
     monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda folder: type('', (), {'free': 10000}))
@@ -667,15 +646,15 @@ def test_two_preparations_of_one_data_set(tmp_path):
     fcntl = pytest.importorskip('fcntl')
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(20)))
     (tmp_path / 'data/preparing').mkdir(parents=True)
-    with open(tmp_path / 'data/preparing' / LOCK, 'w') as other:  # opened once more, it is as another process's
+    with open(tmp_path / 'data/preparing' / LOCK, 'w') as other:  # a second open file is like another process
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match='is being worked on by another process'):
+        with pytest.raises(UserError, match='is in use by another process'):
             write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), 'byte')
 
 
-def naming_open_files(real):
-    """os.unlink as NFS has it: a file that is open anywhere in this process gets another name instead, and goes when it is closed."""
+def unlink_like_nfs(real):
+    """os.unlink as on NFS: a file that is open in this process is renamed, and deleted when it is closed."""
 
     def unlink(path, *, dir_fd=None):
         wanted = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
@@ -690,11 +669,11 @@ def naming_open_files(real):
     return unlink
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='tells open files on Linux only')
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='lists open files from /proc')
 def test_where_open_files_cannot_be_deleted(tmp_path, monkeypatch):
-    """However it ends, no file is open any more when its folder is deleted."""
+    """However the preparation ends, no file is open when its folder is deleted."""
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
-    monkeypatch.setattr(os, 'unlink', naming_open_files(os.unlink))
+    monkeypatch.setattr(os, 'unlink', unlink_like_nfs(os.unlink))
     monkeypatch.setattr(os, 'remove', os.unlink)
     with pytest.raises(UserError, match='two different documents'):
         write_dataset(
@@ -710,8 +689,8 @@ def test_where_open_files_cannot_be_deleted(tmp_path, monkeypatch):
         assert not (tmp_path / 'data/preparing').exists()
 
 
-def test_a_file_that_the_system_keeps_is_no_obstacle(tmp_path, monkeypatch):
-    """As .nfs00001, which stays for as long as another machine has it open."""
+def test_a_file_that_the_system_keeps_does_no_harm(tmp_path, monkeypatch):
+    """Such as .nfs00001, which exists as long as another machine has it open."""
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(50)))
     real = os.unlink
 
@@ -731,7 +710,7 @@ def test_a_file_that_the_system_keeps_is_no_obstacle(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
-    """As on CIFS: what a file holds is flushed, and what is in the folder is up to the system."""
+    """As on CIFS: files are flushed, folders are not."""
     real, flushed = os.fsync, []
 
     def fsync(file):
@@ -747,7 +726,7 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
     assert len(flushed) >= 5 and len(decoded(tmp_path / 'data', 'train')) > 30
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     target = tmp_path / 'a.json'
     for content in ('one\r\nä', 'two\n'):
         with written_whole(str(target), 'w') as file:
@@ -759,16 +738,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert target.read_bytes() == b'two\n' and os.listdir(tmp_path) == ['a.json']
 
 
-def test_a_worker_that_dies_is_one_line():
-    worker = Worker(Job({'kind': 'byte'}, [256], '<u2', 0, 'text'))
+def test_a_worker_that_dies_is_one_error_line():
     unit = sources.Unit({}, 'x', lines=b'{"text": "abc"}\n')
-    assert worker.encode(unit)['train'].ids == np.array([97, 98, 99, 256], dtype='<u2').tobytes()
-    worker.process.kill()
-    with pytest.raises(UserError, match='a worker process has ended, with status -9'):
-        worker.encode(unit)
+    with Workers(Job({'kind': 'byte'}, [256], '<u2', 0, 'text'), 1) as workers:
+        _, encoded = next(workers.map([unit]))
+        assert encoded['train'].ids == np.array([97, 98, 99, 256], dtype='<u2').tobytes()
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(UserError, match='a worker process has died: run the same command again'):
+            list(workers.map([unit]))
 
 
-def test_a_million_of_white_space(tmp_path, gpt2_vocabulary):
+def test_a_million_spaces(tmp_path, gpt2_vocabulary):
     """More than tiktoken's pattern can match at once."""
     text = 'a' + ' ' * 2**20 + 'b'
     with pytest.raises(ValueError):
@@ -779,7 +760,7 @@ def test_a_million_of_white_space(tmp_path, gpt2_vocabulary):
 def test_large_row_groups_and_empty_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'UNIT', 3000)
     documents = make_documents(1000)
-    (tmp_path / 'in[1]').mkdir()  # a name that a pattern would take for one
+    (tmp_path / 'in[1]').mkdir()  # a glob pattern, if not escaped
     write_parquet(tmp_path / 'in[1]' / 'a.parquet', [], row_group_size=10)
     write_parquet(tmp_path / 'in[1]' / 'b.parquet', documents, row_group_size=100000)
     (tmp_path / 'in[1]' / 'README.md').write_text('not a document beside tables')
@@ -792,11 +773,8 @@ def test_json_with_lone_surrogates_and_empty_texts(tmp_path):
         '{"text": "x\\ud800y"}\n\n{"text": ""}\n{"text": null}\n{"text": "z\\ud83d\\ude00"}\n{"text": "a\\u0000b"}\n'
     )
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'a.jsonl'), 0.5), 'byte')
-    assert sorted(decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')) == [
-        'a\0b',
-        'x\ufffdy',
-        'z😀',
-    ]
+    documents = decoded(tmp_path / 'data', 'train') + decoded(tmp_path / 'data', 'val')
+    assert sorted(documents) == ['a\0b', 'x\ufffdy', 'z😀']
 
 
 def test_characters_of_many_documents(tmp_path):
@@ -804,14 +782,11 @@ def test_characters_of_many_documents(tmp_path):
     write_dataset(str(tmp_path / 'data'), Documents(texts, 0.1), 'char')
     meta = read_meta(str(tmp_path / 'data'))
     tokenizer = load_tokenizer(meta['tokenizer'])
-    read = [
-        tokenizer.decode(Tokens(str(tmp_path / 'data'), split, meta)[0 : meta['tokens'][split]].tolist())
-        for split in ('train', 'val')
-    ]
+    splits = (Tokens(str(tmp_path / 'data'), split, meta) for split in ('train', 'val'))
+    read = [tokenizer.decode(tokens[0 : len(tokens)].tolist()) for tokens in splits]
     assert ''.join(read) == ''.join(text + '\n' for text in texts)
-    assert len(read[0].replace('\n', '')) == pytest.approx(
-        0.9 * sum(len(text.replace('\n', '')) for text in texts), abs=6
-    )
+    length = sum(len(text.replace('\n', '')) for text in texts)
+    assert len(read[0].replace('\n', '')) == pytest.approx(0.9 * length, abs=6)
 
 
 def test_uint32_where_the_vocabulary_needs_it(tmp_path, monkeypatch):
@@ -830,7 +805,7 @@ def test_uint32_where_the_vocabulary_needs_it(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def model_folder(tmp_path_factory):
-    """A model's folder, with a tokenizer that is not of bytes, and asks to cut texts short."""
+    """A model's folder with a tokenizer that is not byte-level and asks for truncation."""
     tokenizers = pytest.importorskip('tokenizers')
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -849,7 +824,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.mark.parametrize('name, workers', [('', 1), ('tokenizer.json', 3)])
 def test_the_tokenizer_of_a_model(tmp_path, monkeypatch, model_folder, name, workers):
-    """Document by document what the library gives, each followed by the eos token, which no text is, however it is spelled."""
+    """Each document has the library's ids and then the eos token, which no text produces, even if it spells it."""
     import tokenizers
 
     monkeypatch.setattr(sources, 'UNIT', 500)
@@ -875,7 +850,7 @@ def test_the_tokenizer_of_a_model(tmp_path, monkeypatch, model_folder, name, wor
         ) == len(chosen)
 
 
-def test_another_tokenizer_of_the_same_name_starts_anew(tmp_path, monkeypatch, model_folder, capsys):
+def test_another_tokenizer_of_the_same_name_starts_over(tmp_path, monkeypatch, model_folder, capsys):
     monkeypatch.setattr(sources, 'UNIT', 500)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(100)))
     shutil.copytree(model_folder, tmp_path / 'm')
@@ -883,20 +858,20 @@ def test_another_tokenizer_of_the_same_name_starts_anew(tmp_path, monkeypatch, m
         write_dataset(str(tmp_path / 'data'), Interrupted(Files(path, 0.1), 7), str(tmp_path / 'm'))
     (tmp_path / 'm/tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>"}')
     write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'm'))
-    assert 'starting anew' in capsys.readouterr().out
+    assert 'starting over' in capsys.readouterr().out
     meta = read_meta(str(tmp_path / 'data'))
     ids = Tokens(str(tmp_path / 'data'), 'train', meta)[0 : meta['tokens']['train']].tolist()
     assert ids.count(2) == meta['documents']['train'] and ids.count(1) == 0
 
 
-def test_a_tokenizer_that_ends_no_document(tmp_path, model_folder):
-    """Enough for one text, of which documents need not be told apart."""
+def test_a_tokenizer_without_an_end_of_text(tmp_path, model_folder):
+    """Enough for a single text, which needs no separator."""
     (tmp_path / 'm').mkdir()
     library = json.loads((model_folder / 'tokenizer.json').read_text())
     text = json.dumps(library).replace('<|endoftext|>', '<|other|>')
     (tmp_path / 'm/tokenizer.json').write_text(text)
     path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(20)))
-    with pytest.raises(UserError, match='no telling which token ends a document: name it as "eos_token"'):
+    with pytest.raises(UserError, match='it does not say which token ends a document: name it as "eos_token"'):
         write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'm'))
     (tmp_path / 'book.txt').write_text('a novel ' * 99)
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'book.txt'), 0.1), str(tmp_path / 'm'))
@@ -911,7 +886,7 @@ def test_a_tokenizer_that_ends_no_document(tmp_path, model_folder):
         ('a.jsonl', 'not a tokenizer.json'),
     ],
 )
-def test_what_is_no_tokenizer(tmp_path, name, words):
+def test_invalid_tokenizers(tmp_path, name, words):
     path = write_input(tmp_path / 'in', 'jsonl', make_documents(20))
     with pytest.raises(UserError, match=words):
         write_dataset(str(tmp_path / 'data'), Files(str(path), 0.1), str(path / name))
@@ -929,8 +904,10 @@ def prepare(folder, name, *arguments, **extra):
 @pytest.mark.parametrize('way', ['input', 'hub'])
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb'])
 def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, name, way):
-    """From a local folder by --input=; and by the very lines that stream from the hub, for which a folder of the data set's name stands
-    in: the library takes it first. Both give the ids of tiktoken, document by document."""
+    """From a local folder with --input=, and by the code that streams from the hub.
+
+    A local folder of the data set's name stands in for the hub: the library prefers it. Both give tiktoken's ids.
+    """
     documents = make_documents(500, seed=9)
     hub = data_folder / ('Skylion007/openwebtext' if name == 'openwebtext' else 'HuggingFaceFW/fineweb-edu')
     folder = hub / 'sample' / '10BT'
@@ -953,7 +930,7 @@ def test_web_data_from_parquet_of_the_real_schema(data_folder, gpt2_vocabulary, 
 @pytest.mark.parametrize(
     'name, hub', [('openwebtext', 'Skylion007/openwebtext'), ('fineweb', 'HuggingFaceFW/fineweb-edu')]
 )
-def test_without_the_hub_there_is_one_line(data_folder, name, hub):
+def test_without_the_hub_there_is_one_error_line(data_folder, name, hub):
     pytest.importorskip('datasets')
     result = prepare(data_folder, name, '--tokenizer=byte', HF_HUB_OFFLINE='1')
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
@@ -965,7 +942,7 @@ def test_without_the_hub_there_is_one_line(data_folder, name, hub):
 
 
 def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
-    """The class that reads from the hub, with the library told to find the data set in a folder instead."""
+    """The class that reads from the hub, with a local folder that the library finds instead."""
     documents = make_documents(700, seed=2)
     (tmp_path / 'hub').mkdir()
     for n in range(2):
@@ -984,7 +961,7 @@ def test_streaming_as_from_the_hub(tmp_path, monkeypatch):
 
 
 def test_the_data_folder_may_be_a_link(data_folder, tmp_path_factory):
-    """To another disk; what is written goes there."""
+    """To another disk; the data set is written there."""
     elsewhere = tmp_path_factory.mktemp('disk') / 'sets' / 'data'
     shutil.move(data_folder / 'data', elsewhere)
     os.symlink(elsewhere, data_folder / 'data')
@@ -1002,8 +979,8 @@ def test_another_package_called_data_does_no_harm(data_folder):
     assert result.returncode == 0, result.stderr
 
 
-def test_text_that_lies_in_the_data_sets_own_folder(data_folder):
-    """What the script wrote there is no input: twice the same, also of a folder that holds the data set's, and after an interruption."""
+def test_text_in_the_data_sets_own_folder(data_folder):
+    """Files that the script writes are not input: a second run, also after an interruption, gives the same data set."""
     own = data_folder / 'data/text/m'
     own.mkdir()
     (own / 'input.txt').write_text('some text ' * 99)
@@ -1014,35 +991,19 @@ def test_text_that_lies_in_the_data_sets_own_folder(data_folder):
         (own / 'preparing').mkdir()
         (own / 'preparing/notes.txt').write_text('left by an interruption')
         (own / 'meta.json.part').write_text('and this')
-    assert runs[0] == {name: runs[1][name] for name in runs[0]} and set(runs[0]) == {
-        'input.txt',
-        'train.bin',
-        'val.bin',
-        'meta.json',
-    }
+    assert runs[0] == {name: runs[1][name] for name in runs[0]}
+    assert set(runs[0]) == {'input.txt', 'train.bin', 'val.bin', 'meta.json'}
     assert json.loads((own / 'meta.json').read_text())['tokens'] == {'train': 891, 'val': 99}
     (data_folder / 'books').symlink_to(data_folder / 'data/text')
     source = Files(str(data_folder / 'books'), 0.1, own=str(own))
     assert sorted(os.path.basename(path) for path, _ in source.files) == ['input.txt', 'prepare.py']
 
 
-SHAPE = [
-    '--device=cpu',
-    '--compile=False',
-    '--n_layer=2',
-    '--n_head=2',
-    '--n_embd=32',
-    '--block_size=16',
-    '--batch_size=4',
-    '--gradient_accumulation_steps=2',
-    '--eval_iters=2',
-    '--eval_interval=4',
-    '--warmup_iters=2',
-    '--lr_decay_iters=8',
-    '--learning_rate=1e-2',
-    '--min_lr=1e-3',
-    '--align_documents=True',
-]
+SHAPE = (
+    '--device=cpu --compile=False --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 '
+    '--gradient_accumulation_steps=2 --eval_iters=2 --eval_interval=4 --warmup_iters=2 --lr_decay_iters=8 '
+    '--learning_rate=1e-2 --min_lr=1e-3 --align_documents=True'
+).split()
 
 
 @pytest.mark.parametrize('order', ['random', 'shuffle'])
@@ -1063,15 +1024,8 @@ def test_training_on_three_shards_with_a_trained_bpe_resumes_exactly(data_folder
     run_forked_ok('train.py', *arguments, '--out_dir=twice', '--max_iters=8', '--init_from=resume', cwd=data_folder)
     once, twice = (torch.load(data_folder / name / 'ckpt.pt', weights_only=True)['model'] for name in ('once', 'twice'))
     assert all(torch.equal(once[name], twice[name]) for name in once)
-    out = run_forked_ok(
-        'sample.py',
-        '--out_dir=once',
-        '--num_samples=1',
-        '--max_new_tokens=20',
-        '--device=cpu',
-        '--json=True',
-        cwd=data_folder,
-    )
+    arguments = '--out_dir=once --num_samples=1 --max_new_tokens=20 --device=cpu --json=True'.split()
+    out = run_forked_ok('sample.py', *arguments, cwd=data_folder)
     assert len(json.loads(out)['token_ids']) <= 20 and once['transformer.wte.weight'].shape == (400, 32)
 
 
@@ -1087,7 +1041,7 @@ def test_describe(data_folder):
         and f'{meta["documents"]["train"]:,} ends of documents' in out
     )
     part = meta['bytes']['train'] / meta['tokens']['train']
-    assert f'{part:.2f} bytes of text a token' in out
+    assert f'{part:.2f} bytes of text per token' in out
     shown = [line.split(': ', 1) for line in out.splitlines() if line.startswith('  at ')]
     assert len(shown) == 4
     train = Tokens(str(data_folder / 'data/text/web'), 'train', meta)
@@ -1099,7 +1053,7 @@ def test_describe(data_folder):
 
 
 def test_evaluation_in_bits_per_byte(data_folder):
-    """The same as from the loss and the lengths of what was predicted."""
+    """The same as computed from the loss and the lengths of the predicted tokens."""
     import torch
 
     (data_folder / 'web.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in make_documents(300)))
@@ -1121,7 +1075,7 @@ def test_evaluation_in_bits_per_byte(data_folder):
 
 
 def test_evaluation_without_the_vocabulary(data_folder):
-    """nanoGPT's GPT-2 bins where tiktoken's vocabulary cannot be had: still the loss, as before there were bits per byte."""
+    """nanoGPT's GPT-2 bins without tiktoken's vocabulary: the loss is still printed, without bits per byte."""
     (data_folder / 'data/bins').mkdir()
     for split, n in (('train', 400), ('val', 100)):
         (np.arange(n) * 7 % 50257).astype('<u2').tofile(data_folder / f'data/bins/{split}.bin')

@@ -1,4 +1,4 @@
-"""Text to ids and back, for any text."""
+"""Text to token ids and back, for any text."""
 
 import functools
 import json
@@ -85,51 +85,29 @@ def test_tokenizers_library_round_trip():
 
 
 def unruly_text(rng, n=40):
-    """Letters, digits, marks, white space and special tokens of all kinds, in a row."""
-    pieces = [
-        'the ',
-        'The',
-        " it's",
-        "'LL",
-        ' ',
-        '  ',
-        '\n',
-        '\r\n',
-        '\t',
-        '\u3000',
-        '\x85',
-        '\x1c',
-        '\x00',
-        '<|endoftext|>',
-        '12',
-        '٣',
-        '...',
-        'é',
-        'e\u0301',
-        '漢字',
-        '😀',
-    ]
+    """Letters, digits, marks, white space and special tokens of all kinds."""
+    pieces = ['the ', 'The', " it's", "'LL", ' ', '  ', '\n', '\r\n', '\t', '\u3000', '\x85', '\x1c', '\x00']
+    pieces += ['<|endoftext|>', '12', '٣', '...', 'é', 'e\u0301', '漢字', '😀']
     return ''.join(rng.choice(pieces) if rng.random() < 0.7 else random_text(rng, 1) for _ in range(rng.randrange(n)))
 
 
 @pytest.fixture(scope='module')
 def trained():
-    """A BPE trained on unruly text -> (ours, the tokenizers library's own from the same json)."""
+    """A BPE trained on unruly text -> ours, and the tokenizers library's from the same tokenizer.json."""
     tokenizers = pytest.importorskip('tokenizers', reason='trains a BPE')
     rng = random.Random(3)
     texts = [unruly_text(rng) for _ in range(3000)]
     spec = train_bpe(iter(texts), 1500)
     assert train_bpe(iter(texts), 1500) == spec, 'the same texts give the same tokenizer'
     theirs = tokenizers.Tokenizer.from_str(spec['json'])
-    theirs.encode_special_tokens = True  # that is, as text
+    theirs.encode_special_tokens = True  # as text
     return load_tokenizer(spec), theirs
 
 
-def test_a_trained_bpe_is_the_tokenizers_librarys(trained):
+def test_a_trained_bpe_equals_the_tokenizers_library(trained):
     ours, theirs = trained
-    assert ours.vocab_size == theirs.get_vocab_size() == 1500 and ours.end_of_text == theirs.token_to_id(
-        '<|endoftext|>'
-    )
+    assert ours.vocab_size == theirs.get_vocab_size() == 1500
+    assert ours.end_of_text == theirs.token_to_id('<|endoftext|>')
     rng, merged = random.Random(4), 0
     for _ in range(3000):
         text = unruly_text(rng)
@@ -143,8 +121,11 @@ def test_a_trained_bpe_is_the_tokenizers_librarys(trained):
     assert load_tokenizer(ours.spec()).encode('the漢').tolist() == ours.encode('the漢').tolist()
 
 
-def test_both_libraries_cut_text_alike():
-    """A vocabulary that shows between which characters a piece ends: every pair of an ASCII character of each class and a byte."""
+def test_both_libraries_split_text_alike():
+    """A vocabulary that shows where text is split.
+
+    It merges each ASCII character of a class with any byte, so that a missing merge is a boundary between pieces.
+    """
     tiktoken, tokenizers = pytest.importorskip('tiktoken'), pytest.importorskip('tokenizers')
     from tokenizers import models, pre_tokenizers
 
@@ -186,14 +167,13 @@ def test_too_little_text_for_a_vocabulary():
         train_bpe(['abc abc'], 4096)
 
 
-def test_facts_of_a_spec(trained, gpt2_vocabulary):
+def test_spec_functions(trained, gpt2_vocabulary):
     for tokenizer in (trained[0], ByteTokenizer(), CharTokenizer.train('abc'), gpt2_vocabulary):
         assert spec_vocab_size(tokenizer.spec()) == tokenizer.vocab_size == len(tokenizer.token_bytes())
         assert spec_end_of_text(tokenizer.spec()) == tokenizer.end_of_text
     assert same_ids(GPT2_SPEC, dict(GPT2_SPEC))
-    assert not same_ids(GPT2_SPEC, {'kind': 'byte'}) and not same_ids(
-        {'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'ac'}
-    )
+    assert not same_ids(GPT2_SPEC, {'kind': 'byte'})
+    assert not same_ids({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'ac'})
 
 
 @pytest.mark.parametrize(
@@ -213,7 +193,7 @@ def test_facts_of_a_spec(trained, gpt2_vocabulary):
         )
     ],
 )
-def test_unsound_bpe(spec):
+def test_invalid_bpe(spec):
     pytest.importorskip('tiktoken')
     with pytest.raises(ValueError, match='not the tokenizer.json of a byte-level BPE trained here'):
         load_tokenizer(spec)
@@ -234,7 +214,7 @@ def test_unsound_bpe(spec):
         {'kind': 'tokenizers'},
     ],
 )
-def test_unsound_specs(spec):
+def test_invalid_specs(spec):
     with pytest.raises(ValueError):
         check_spec(spec)
 
@@ -257,7 +237,7 @@ def test_unsound_specs(spec):
         {'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}},
     ],
 )
-def test_unsound_nanogpt_meta(meta):
+def test_invalid_nanogpt_meta(meta):
     with pytest.raises(ValueError):
         spec_from_nanogpt(meta)
 
@@ -267,8 +247,10 @@ def test_unsound_nanogpt_meta(meta):
 
 @functools.cache
 def gpt2_files():
-    """GPT-2's tokenizer as Hugging Face stores it, made from tiktoken's ranks -> vocab.json's dict, merges.txt's pairs, tokenizer.json's
-    dict. In a token of several bytes, what was merged by lower ranks leaves two parts: these are its merge."""
+    """GPT-2's tokenizer in Hugging Face's format, from tiktoken's ranks -> vocab.json, merges.txt, tokenizer.json.
+
+    The merges are pairs. Merging the bytes of a token by lower ranks leaves two parts: the pair of its merge.
+    """
     from tokenizer import load_gpt2
 
     char, bpe = byte_characters(), load_gpt2().bpe
@@ -284,34 +266,25 @@ def gpt2_files():
             merges.append([''.join(char[byte] for byte in part) for part in parts])
     vocab = {''.join(char[byte] for byte in token): rank for token, rank in ranks.items()} | {'<|endoftext|>': 50256}
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
-    end = {
-        'id': 50256,
-        'content': '<|endoftext|>',
-        'special': True,
-        'single_word': False,
-        'lstrip': False,
-        'rstrip': False,
-        'normalized': True,
-    }
-    return (
-        vocab,
-        merges,
-        {
-            'version': '1.0',
-            'truncation': None,
-            'padding': None,
-            'added_tokens': [end],
-            'normalizer': None,
-            'pre_tokenizer': byte_level,
-            'post_processor': None,
-            'decoder': byte_level,
-            'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges},
-        },
-    )
+    end = added_token(50256, '<|endoftext|>', normalized=True)
+    return vocab, merges, tokenizer_json([end], byte_level, {'type': 'BPE', 'vocab': vocab, 'merges': merges})
+
+
+def added_token(id, content, special=True, normalized=False):
+    """An entry of 'added_tokens' in a tokenizer.json."""
+    flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': normalized}
+    return {'id': id, 'content': content, 'special': special, **flags}
+
+
+def tokenizer_json(added_tokens, byte_level, model):
+    """The content of a tokenizer.json."""
+    unused = dict.fromkeys(('truncation', 'padding', 'normalizer', 'post_processor'))
+    parts = {'added_tokens': added_tokens, 'pre_tokenizer': byte_level, 'decoder': byte_level, 'model': model}
+    return {'version': '1.0', **unused, **parts}
 
 
 def foreign(description, **arguments):
-    """The spec for a tokenizer.json's dict."""
+    """The spec for the content of a tokenizer.json."""
     return {'kind': 'tokenizers', 'json': json.dumps(description, **arguments)}
 
 
@@ -324,8 +297,8 @@ def with_token(description, token, id, special=True):
     return {**description, 'added_tokens': [*description['added_tokens'], added]}
 
 
-def test_gpt2s_tokenizer_is_told_by_its_tokens(gpt2_vocabulary):
-    """However its JSON is written; and nothing else of its size is taken for it."""
+def test_gpt2_is_recognized_by_its_tokens(gpt2_vocabulary):
+    """However its JSON is written; and no other tokenizer of its size is mistaken for it."""
     pytest.importorskip('tokenizers')
     vocab, merges, description = gpt2_files()
     old = foreign(changed(description, merges=[' '.join(pair) for pair in merges]), indent=1)
@@ -335,10 +308,10 @@ def test_gpt2s_tokenizer_is_told_by_its_tokens(gpt2_vocabulary):
         assert len(other['model']['vocab']) == 50257 and not same_ids(GPT2_SPEC, foreign(other))
 
 
-def test_a_token_added_behind_the_vocabulary_changes_no_other(gpt2_vocabulary):
+def test_a_token_added_after_the_vocabulary_changes_no_other(gpt2_vocabulary):
     pytest.importorskip('tokenizers')
     padded = foreign(with_token(gpt2_files()[2], '[PAD]', 50257))
-    assert same_ids(GPT2_SPEC, padded) and not same_ids(padded, GPT2_SPEC)  # whose data may hold the id 50257
+    assert same_ids(GPT2_SPEC, padded) and not same_ids(padded, GPT2_SPEC)  # its data may hold the id 50257
     tokenizer = load_tokenizer(padded)
     assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (50258, 50257)
     ids = tokenizer.encode('a[PAD]', special=True).tolist()
@@ -352,30 +325,26 @@ def test_a_token_added_behind_the_vocabulary_changes_no_other(gpt2_vocabulary):
 def test_same_ids_of_small_tokenizers(trained):
     ours, library = trained
     description = json.loads(ours.spec()['json'])
-    assert same_ids(ours.spec(), foreign(description, indent=2)) and same_ids(
-        foreign(description, indent=2), ours.spec()
-    )
-    fewer = changed(
-        description,
-        merges=description['model']['merges'][:-1],
-        vocab={token: id for token, id in description['model']['vocab'].items() if id != 1499},
-    )
-    assert not same_ids(ours.spec(), foreign(fewer)) and not same_ids(foreign(fewer), ours.spec())
-    assert not same_ids({'kind': 'byte'}, ours.spec()) and not same_ids(
-        {'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'}
-    )
+    indented, model = foreign(description, indent=2), description['model']
+    assert same_ids(ours.spec(), indented) and same_ids(indented, ours.spec())
+    vocab = {token: id for token, id in model['vocab'].items() if id != 1499}
+    fewer = foreign(changed(description, merges=model['merges'][:-1], vocab=vocab))
+    assert not same_ids(ours.spec(), fewer) and not same_ids(fewer, ours.spec())
+    assert not same_ids({'kind': 'byte'}, ours.spec())
+    assert not same_ids({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'})
 
 
 def write_folder(folder, **files):
-    """A model's folder: NAME=content of NAME.json, merges of merges.txt."""
+    """Write a model's folder: NAME=content becomes NAME.json, merges becomes merges.txt."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
     for name, content in files.items():
-        text = (
-            '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in content) if name == 'merges' else json.dumps(content)
-        )
-        (folder / f'{name}.{"txt" if name == "merges" else "json"}').write_text(text, encoding='utf-8')
+        if name == 'merges':
+            text = '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in content)
+            (folder / 'merges.txt').write_text(text, encoding='utf-8')
+        else:
+            (folder / f'{name}.json').write_text(json.dumps(content), encoding='utf-8')
     return str(folder)
 
 
@@ -393,46 +362,19 @@ def test_vocab_json_and_merges_txt_of_gpt2(tmp_path, gpt2_vocabulary):
     assert tokenizer.token_bytes().tolist() == gpt2_vocabulary.token_bytes().tolist()
 
 
-SMALL_VOCAB = {
-    **{char: i for i, char in enumerate(byte_characters())},
-    'th': 256,
-    '</s>': 257,
-    '<|endoftext|>': 258,
-    '<|end|>': 259,
-}
+SMALL_VOCAB = {char: i for i, char in enumerate(byte_characters())}
+SMALL_VOCAB |= {'th': 256, '</s>': 257, '<|endoftext|>': 258, '<|end|>': 259}
 
 
 def small(added=('</s>',), **changes):
-    """A small tokenizer.json's dict."""
+    """The content of a small tokenizer.json."""
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
-    tokens = [
-        {
-            'id': SMALL_VOCAB[token],
-            'content': token,
-            'special': True,
-            'single_word': False,
-            'lstrip': False,
-            'rstrip': False,
-            'normalized': False,
-        }
-        for token in added
-    ]
+    tokens = [added_token(SMALL_VOCAB[token], token) for token in added]
     model = {'type': 'BPE', 'vocab': SMALL_VOCAB, 'merges': [['t', 'h']]}
-    return {
-        'version': '1.0',
-        'truncation': None,
-        'padding': None,
-        'added_tokens': tokens,
-        'normalizer': None,
-        'pre_tokenizer': byte_level,
-        'post_processor': None,
-        'decoder': byte_level,
-        'model': model,
-        **changes,
-    }
+    return {**tokenizer_json(tokens, byte_level, model), **changes}
 
 
-def test_tokens_that_were_added_to_a_vocab_json(tmp_path):
+def test_tokens_added_to_a_vocab_json(tmp_path):
     pytest.importorskip('tokenizers')
     files = {'vocab': SMALL_VOCAB, 'merges': [('t', 'h')]}
     bare = read_tokenizer(write_folder(tmp_path / 'm', **files))
@@ -456,7 +398,7 @@ def test_tokens_that_were_added_to_a_vocab_json(tmp_path):
 @pytest.mark.parametrize(
     'files, end',
     [
-        ({}, 258),  # <|endoftext|>, which the vocabulary has
+        ({}, 258),  # the vocabulary has <|endoftext|>
         ({'tokenizer_config': {'eos_token': '</s>'}}, 257),
         (
             {
@@ -469,11 +411,11 @@ def test_tokens_that_were_added_to_a_vocab_json(tmp_path):
         ({'tokenizer_config': {'eos_token': None}, 'special_tokens_map': {'eos_token': '</s>'}}, 257),
         ({'generation_config': {'eos_token_id': [50256, 257]}}, 257),
         ({'config': {'eos_token_id': 257}}, 257),
-        ({'config': {'eos_token_id': 84}}, 258),  # a word's id, as GPT-2's 50256 is that of a word elsewhere
+        ({'config': {'eos_token_id': 84}}, 258),  # the id of a word, like GPT-2's 50256 in other vocabularies
         ({'config': {'eos_token_id': -1}, 'generation_config': {'eos_token_id': 'x'}}, 258),
     ],
 )
-def test_what_ends_a_text_is_what_the_folder_names(tmp_path, files, end):
+def test_the_folder_names_the_end_of_text(tmp_path, files, end):
     pytest.importorskip('tokenizers')
     folder = write_folder(tmp_path / 'm', tokenizer=small(), **files)
     for path in (folder, os.path.join(folder, 'tokenizer.json')):
@@ -482,39 +424,28 @@ def test_what_ends_a_text_is_what_the_folder_names(tmp_path, files, end):
         assert load_tokenizer(check_spec(json.loads(json.dumps(spec)))).spec() == spec
 
 
-def test_nothing_ends_a_text_where_nothing_is_named(tmp_path):
+def test_a_vocabulary_without_an_end_of_text(tmp_path):
     pytest.importorskip('tokenizers')
     description = small(added=())
-    description['model'] = {
-        **description['model'],
-        'vocab': {token: id for token, id in SMALL_VOCAB.items() if id < 257},
-    }
+    description['model']['vocab'] = {token: id for token, id in SMALL_VOCAB.items() if id < 257}
     spec = read_tokenizer(write_folder(tmp_path / 'm', tokenizer=description, tokenizer_config={'eos_token': '</s>'}))
     assert load_tokenizer(spec).end_of_text is None
     with pytest.raises(ValueError, match="its end of text, '</s>', is not in the vocabulary"):
         load_tokenizer({**spec, 'end_of_text': '</s>'})
 
 
-def test_no_text_is_cut_off_or_filled_up(tmp_path):
-    """A tokenizer.json may ask for the length that its model reads."""
+def test_no_text_is_truncated_or_padded(tmp_path):
+    """A tokenizer.json may ask for its model's context length."""
     pytest.importorskip('tokenizers')
-    asking = small(
-        truncation={'max_length': 5, 'strategy': 'LongestFirst', 'stride': 0, 'direction': 'Right'},
-        padding={
-            'strategy': {'Fixed': 8},
-            'direction': 'Right',
-            'pad_to_multiple_of': None,
-            'pad_id': 0,
-            'pad_type_id': 0,
-            'pad_token': '!',
-        },
+    padding = {'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None}
+    padding |= {'pad_id': 0, 'pad_type_id': 0, 'pad_token': '!'}
+    truncation = {'max_length': 5, 'strategy': 'LongestFirst', 'stride': 0, 'direction': 'Right'}
+    asking, plain = (
+        load_tokenizer(foreign(small(**ask))) for ask in (dict(truncation=truncation, padding=padding), {})
     )
     for text in ('the thing </s> of it', 'th'):
-        ids = load_tokenizer(foreign(asking)).encode(text).tolist()
-        assert (
-            ids == load_tokenizer(foreign(small())).encode(text).tolist()
-            and load_tokenizer(foreign(asking)).decode(ids) == text
-        )
+        ids = asking.encode(text).tolist()
+        assert ids == plain.encode(text).tolist() and asking.decode(ids) == text
 
 
 def test_special_tokens_spelled_in_text_are_text(tmp_path):
@@ -525,8 +456,8 @@ def test_special_tokens_spelled_in_text_are_text(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['WordLevel', 'Unigram'])
-def test_special_tokens_that_are_words_of_the_vocabulary_too(kind):
-    """Whose spelling the library would take for them even as text."""
+def test_special_tokens_that_are_also_words(kind):
+    """The library would give the special token even for its spelling in text."""
     tokenizers = pytest.importorskip('tokenizers')
     words = ['<unk>', '</s>', '<', '/', 's', '>', 'a', '/s>']
     model = (
@@ -574,7 +505,7 @@ def test_special_tokens_that_are_words_of_the_vocabulary_too(kind):
         ),
     ],
 )
-def test_unsound_files_of_a_tokenizer(tmp_path, files, words):
+def test_invalid_tokenizer_files(tmp_path, files, words):
     pytest.importorskip('tokenizers')
     with pytest.raises(UserError, match=words) as error:
         read_tokenizer(write_folder(tmp_path / 'm', **files))
@@ -582,7 +513,7 @@ def test_unsound_files_of_a_tokenizer(tmp_path, files, words):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    """Even of a model of GPT-2's size: it is not known to be GPT-2's."""
+    """Not even a model with GPT-2's vocabulary size gets GPT-2's tokenizer."""
     from pretrained import pretrained_tokenizer
 
     assert read_tokenizer(str(tmp_path)) is None
@@ -601,14 +532,14 @@ def test_without_the_tokenizers_package(tmp_path, monkeypatch):
 
 
 def unicode_text(rng, n=40):
-    """Text of every length of UTF-8, with marks that combine and a real U+FFFD."""
+    """Characters of every length in UTF-8, combining marks and a real U+FFFD."""
     return ''.join(
         rng.choice(['a', ' ', 'é', '€', '漢', '😀', '👨‍👩‍👧', '\ufffd', '\n', 'the ', 'ß', 'e\u0301']) for _ in range(n)
     )
 
 
 def make_tokenizers():
-    """Each kind of tokenizer; of the library's, one of bytes and one that spaces words by their neighbours."""
+    """Each kind of tokenizer; of the library, a byte-level one and one that adds spaces between words."""
     import tokenizers
 
     yield CharTokenizer.train(unicode_text(random.Random(0), 400))
@@ -621,17 +552,17 @@ def make_tokenizers():
     yield HuggingFaceTokenizer(spaced.to_str())
 
 
-def test_a_stream_shows_whole_characters_and_loses_none():
+def test_a_stream_returns_complete_characters_and_loses_none():
     for tokenizer in make_tokenizers():
         for seed in range(30):
             rng = random.Random(seed)
             text = unicode_text(rng)
             ids = tokenizer.encode(text).tolist()
             check_stream(tokenizer, ids, whole=tokenizer.decode(ids).count('\ufffd') == text.count('\ufffd'))
-            check_stream(tokenizer, [rng.randrange(tokenizer.vocab_size) for _ in range(40)])  # not UTF-8, mostly
+            check_stream(tokenizer, [rng.randrange(tokenizer.vocab_size) for _ in range(40)])  # mostly invalid UTF-8
 
 
-def test_a_stream_of_gpt2s(gpt2_vocabulary):
+def test_a_stream_of_gpt2_ids(gpt2_vocabulary):
     for seed in range(30):
         rng = random.Random(seed)
         check_stream(gpt2_vocabulary, gpt2_vocabulary.encode(unicode_text(rng)).tolist(), whole=True)
@@ -642,5 +573,5 @@ def check_stream(tokenizer, ids, whole=False):
     stream = TextStream(tokenizer)
     pieces = [stream.push([i]) for i in ids] + [stream.flush()]
     assert ''.join(pieces) == tokenizer.decode(ids)
-    if whole:  # a piece has U+FFFD only where the text has
+    if whole:  # a piece has U+FFFD only where the text has it
         assert sum(piece.count('\ufffd') for piece in pieces) == tokenizer.decode(ids).count('\ufffd')

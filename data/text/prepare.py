@@ -1,4 +1,4 @@
-"""Any text of yours, a file or a folder of files of any size, as a data set of its own.
+"""Make a data set from your own text: a file, or a folder of files, of any size.
 
 python data/text/prepare.py --input=novel.txt --name=novel
 python data/text/prepare.py --input=articles.jsonl.zst --tokenizer=bpe --vocab_size=8192
@@ -10,21 +10,21 @@ import shlex
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # by name: HERE/../.. is elsewhere if data/ is a link
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # not HERE/../..: data/ may be a link
 from common.errors import UserError
 from configurator import configure
 from data.pipeline import write_dataset
 from data.sources import Files
 
-input = ''  # .txt, .jsonl, .json, .csv, .parquet, also .gz and .zst of them, or a folder; most other names are read as UTF-8 text
-name = ''  # the data set becomes data/text/NAME; the input's own name unless given
-tokenizer = 'char'  # 'char': one id a character; 'byte': one a byte; 'gpt2': GPT-2's BPE; 'bpe': one trained here; or a tokenizer.json
-vocab_size = 4096  # ids of a BPE trained here
-val_fraction = 0.1  # share of the documents kept for validation; of few texts, share at the end
-text_key = 'text'  # field of a JSON line, or column of a table, that holds the text
-shard_tokens = 100_000_000  # ids in a file, 0: all in one
-max_tokens = 0  # stop behind so many train tokens, or some more; 0: take all
-workers = 0  # processes, 0: one a core
+input = ''  # file or folder: .txt, .jsonl, .json, .csv, .parquet, also as .gz, .zst; most others as UTF-8 text
+name = ''  # the data set becomes data/text/NAME; '': named after the input
+tokenizer = 'char'  # 'char'; 'byte'; 'gpt2'; 'bpe': trained on this text; or a tokenizer.json, or a model's folder
+vocab_size = 4096  # size of a 'bpe' vocabulary
+val_fraction = 0.1  # share of documents for validation; with a few text files, the end of the last one
+text_key = 'text'  # JSON field or table column that holds the text
+shard_tokens = 100_000_000  # ids per file; 0: all in one file
+max_tokens = 0  # stop soon after this many train tokens; 0: take everything
+workers = 0  # processes; 0: one per core
 configure(globals(), bare='input', paths=('input', 'tokenizer'))
 
 if not input or not os.path.exists(input):
@@ -39,7 +39,7 @@ if not name or os.path.basename(name) != name or name.startswith(('.', '-')) or 
     raise UserError(f'--name={name!r}: must be a plain name, it becomes a folder in data/text')
 out_dir = os.path.join(HERE, name)
 if os.path.exists(os.path.join(out_dir, 'meta.json')):
-    print(f'replacing the data set text/{name} that is there; another --name keeps both')
+    print(f'replacing the data set text/{name}; give another --name to keep both')
 write_dataset(
     out_dir, Files(input, val_fraction, text_key, own=out_dir), tokenizer, vocab_size, shard_tokens, max_tokens, workers
 )
