@@ -1,8 +1,8 @@
-"""Draw text from a trained model.
+"""Generate text from a trained model.
 
 python sample.py --out_dir=out-shakespeare-char --start="To be, or" --num_samples=3
 python sample.py --init_from=gpt2 --start=FILE:prompt.txt --max_new_tokens=100 --stop="The end"
-python sample.py --start=LINES:prompts.txt --json=True > texts.jsonl
+python sample.py --start=LINES:prompts.txt --json=True > samples.jsonl
 python sample.py --interactive=True
 """
 
@@ -12,225 +12,220 @@ import signal
 import sys
 from contextlib import suppress
 
-from common.cpu import keep_memory, pack
-from common.device import autocast, compile_or_stay_eager, decoding_options, pick_device, pick_dtype, use_fast_float32
+from common.cpu import pack
+from common.device import autocast, compile_or_stay_eager, decoding_options, set_up_device
 from common.errors import UserError, one_line, user_errors, warn
 from configurator import configure, require
-from dataloader import dataset_name, read_meta
+from dataloader import DataSet, dataset_name
 from generation import Context, Sample, Sampling, generate
 from loading import open_model
-from tokenizer import check_known, load_tokenizer, spec_from_meta, text_vocab_size
+from tokenizer import GPT2_SPEC, check_known, load_tokenizer, text_vocab_size
 
-init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', 'gpt2-medium', …; or the folder of a run or of a Hugging Face GPT-2
+init_from = 'resume'  # 'resume': the checkpoint in out_dir; 'gpt2', …; or a folder: a run's or a Hugging Face GPT-2's
 out_dir = 'out'  # folder of the checkpoint
-ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' the one of the lowest validation loss
+ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt' is the latest, 'ckpt_best.pt' has the lowest validation loss
 start = '\n'  # the prompt; or FILE:path of a UTF-8 file with it, FILES:path,path of several, LINES:path of one per line
-num_samples = 10  # texts to draw for each prompt
-max_new_tokens = 500  # tokens in each, after the prompt
-temperature = 0.8  # 1: as trained, lower is tamer, higher is wilder; 0: always the likeliest token
-top_k = 200  # draw among so many likeliest tokens only; 0: all
-top_p = 1.0  # draw among the likeliest tokens that together have this probability; 1: all
-min_p = 0.0  # draw among tokens at least so many times as probable as the likeliest; 0: all
-repetition_penalty = 1.0  # above 1: tokens that occurred become less likely
-stop = ()  # --stop=TEXT ends a text before TEXT; may be given several times
-ignore_eos = False  # go on after the end-of-text token
-seed = 1337  # same seed, same text
-batch_size = 32  # texts drawn at once, at most
-stream = True  # show the text while it is drawn; False: each when it is finished
-json = False  # write a JSON object a line for each text: prompt, text, token_ids, log_probs, finish_reason
-interactive = False  # ask for text to continue, again and again, one text at a time
-quantize = ''  # 'int8': 8-bit weights on an x86 CPU, 1.5 to 2.5 times as fast, for a little quality
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best there is
+num_samples = 10  # samples to generate for each prompt
+max_new_tokens = 500  # tokens to generate for each sample
+temperature = 0.8  # 1: the model's own probabilities, lower is tamer, higher is wilder; 0: always the most likely token
+top_k = 200  # sample from the k most likely tokens; 0: from all
+top_p = 1.0  # sample from the smallest set of most likely tokens whose probability is at least p; 1: from all
+min_p = 0.0  # sample from tokens with p >= min_p * p_max; 0: from all
+repetition_penalty = 1.0  # above 1: tokens that have occurred become less likely
+stop = ()  # --stop=TEXT ends a sample before TEXT; may be given several times
+ignore_eos = False  # continue past the end-of-text token
+seed = 1337  # the same seed gives the same samples
+batch_size = 32  # most samples to generate at once
+stream = True  # print text while it is generated; False: each sample when it is finished
+json = False  # print each sample as a JSON object on a line: prompt, text, token_ids, log_probs, finish_reason
+interactive = False  # ask for text to continue, again and again, one sample at a time
+quantize = ''  # 'int8': 8-bit weights on an x86 CPU, 1.3 to 2.5 times as fast, for a little quality
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = False  # compile the drawing of a token: for long texts on a GPU, after half a minute of compiling
+compile = False  # compile the decoding step, which takes half a minute: for long samples on a GPU
 config = configure(globals(), paths=('out_dir', 'init_from'))
 
-require(config, lambda v: v >= 1, 'at least 1', 'num_samples')
-require(config, lambda v: 1 <= v <= 65536, 'from 1 to 65536', 'batch_size')
-require(config, lambda v: 0 <= v < float('inf'), '0 or more', 'temperature', 'top_k', 'seed')
-require(config, lambda v: 0 <= v <= 10**7, 'from 0 to 10,000,000', 'max_new_tokens')
-require(config, lambda v: 0 < v <= 1, 'above 0 and at most 1', 'top_p')
-require(config, lambda v: 0 <= v <= 1, 'from 0 to 1', 'min_p')
-require(config, lambda v: 0.01 <= v <= 100, 'from 0.01 to 100', 'repetition_penalty')
+require(config, 'num_samples', 'at least 1', lambda v: v >= 1)
+require(config, 'batch_size', 'from 1 to 65536', lambda v: 1 <= v <= 65536)
+require(config, 'temperature top_k seed', '0 or more', lambda v: 0 <= v < float('inf'))
+require(config, 'max_new_tokens', 'from 0 to 10,000,000', lambda v: 0 <= v <= 10**7)
+require(config, 'top_p', 'above 0 and at most 1', lambda v: 0 < v <= 1)
+require(config, 'min_p', 'from 0 to 1', lambda v: 0 <= v <= 1)
+require(config, 'repetition_penalty', 'from 0.01 to 100', lambda v: 0.01 <= v <= 100)
 if interactive and json:
     raise UserError('--interactive=True and --json=True: choose one')
 if interactive and (sys.stdin is None or sys.stdout is None):
     raise UserError('--interactive=True: needs a terminal, or a pipe, to read from and to write to')
 
-device = pick_device(device)
-dtype = pick_dtype(dtype, device)
-use_fast_float32(device)
+device, dtype = set_up_device(device, dtype)
 
 # --- model and tokenizer ----------------------------------------------------------------------------------------------
-model, spec, trained_with = open_model(init_from, out_dir, ckpt)
-if (
-    spec is None and init_from == 'resume'
-):  # nanoGPT's name the data set, whose meta.pkl has the characters; without it, GPT-2's BPE
-    data_dir = os.path.join('data', dataset_name(str(trained_with.get('dataset'))))
-    meta = read_meta(data_dir) if os.path.isdir(data_dir) else {}
-    if not meta:
+model, spec, train_config = open_model(init_from, out_dir, ckpt)
+if spec is None and init_from == 'resume':
+    # nanoGPT's checkpoints only name the data set: its meta.pkl has the characters; without one, the ids are GPT-2's
+    name = dataset_name(str(train_config.get('dataset')))
+    folder = os.path.join('data', name)
+    data = DataSet(name) if os.path.isdir(folder) else None
+    spec = data.tokenizer if data else GPT2_SPEC
+    if not (data and data.meta):
         warn(
-            f"the checkpoint holds no tokenizer, and {data_dir} has no meta.pkl: its ids are taken for GPT-2's, as nanoGPT does"
+            f"the checkpoint holds no tokenizer, and {folder} no meta.pkl: its ids are taken for GPT-2's, as in nanoGPT"
         )
-    with user_errors(ValueError, where=f'{data_dir}/meta: '):
-        spec = spec_from_meta(meta)
 if spec is None:
     raise UserError(
-        'the model comes with no tokenizer, so there is no telling what its ids mean: put its tokenizer.json, or vocab.json '
-        'and merges.txt, beside it'
+        'the model comes with no tokenizer, so its ids cannot be turned into text: '
+        'put its tokenizer.json, or vocab.json and merges.txt, beside it'
     )
 with user_errors(ValueError, where='the tokenizer of the model: '):
     tokenizer = load_tokenizer(spec)
-if text_vocab_size(spec) > model.config.vocab_size:
+vocab_size = model.config.vocab_size
+if text_vocab_size(spec) > vocab_size:
     raise UserError(
-        f'the tokenizer has {text_vocab_size(spec)} ids, the model {model.config.vocab_size}: they do not belong together'
+        f'the tokenizer has {text_vocab_size(spec)} ids, the model {vocab_size}: they do not belong together'
     )
-n_ids = min(
-    tokenizer.vocab_size, model.config.vocab_size
-)  # either may know more: rounded up; tokens added to a pretrained model's
+# Either may be larger: a model's vocabulary is often rounded up, a pretrained tokenizer may have had tokens added.
+n_ids = min(tokenizer.vocab_size, vocab_size)
 sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size=n_ids)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 def read_text(path):
-    """The content of a UTF-8 file, without its byte order mark."""
-    where = f'cannot read the prompt {path or "(no path)"}: '
-    with (
-        user_errors(OSError, UnicodeDecodeError, where=where),
-        open(os.path.expanduser(path), encoding='utf-8-sig') as file,
-    ):
-        return file.read()
+    """The content of a UTF-8 file, without a byte order mark."""
+    with user_errors(OSError, UnicodeDecodeError, where=f'cannot read the prompt {path or "(no path)"}: '):
+        with open(os.path.expanduser(path), encoding='utf-8-sig') as file:
+            return file.read()
+
+
+def read_prompts(start):
+    """--start= -> [(where the prompt comes from, for error messages; the prompt)], at least one."""
+    kind, colon, paths = start.partition(':')
+    if colon and kind == 'FILE':
+        return [(paths, read_text(paths))]
+    if colon and kind == 'FILES':
+        return [(path.strip(), read_text(path.strip())) for path in paths.split(',')]
+    if colon and kind == 'LINES':
+        lines = enumerate(read_text(paths).split('\n'), 1)
+        prompts = [(f'{paths}, line {n}', line) for n, line in lines if line]
+        if not prompts:
+            raise UserError(f'--start={start}: the file has no lines with anything in them')
+        return prompts
+    return [(f'--start={one_line(start, 40)}', start)]
 
 
 def encode(text, where):
-    """text -> ids; UserError, led by `where`, if there are none, or it has characters that the model does not know."""
+    """Text -> ids. UserError, starting with `where`, if there are none or the model does not know a character."""
     with user_errors(ValueError, where=f'{where}: '):
-        ids = tokenizer.encode(text, special=True)
-        if not len(ids):
+        ids = tokenizer.encode(text, special=True).tolist()
+        if not ids:
             raise ValueError('a prompt must have at least one token; a line end will do')
-        check_known(ids.tolist(), n_ids, tokenizer)
-        return ids.tolist()
+        check_known(ids, n_ids, tokenizer)
+        return ids
 
 
-def make_sample(prompt, *key):
-    """A Sample that continues the ids, with random numbers of its own for every key."""
+def new_sample(prompt, *key):
+    """A Sample that continues the prompt's ids. Each key gives it other random numbers."""
     return Sample(prompt, (seed, *key), tokenizer, stop, None if ignore_eos else tokenizer.end_of_text)
 
 
 if 'start' not in config.given and spec['kind'] == 'char' and start not in spec['chars']:
-    start = spec['chars'][0]  # a vocabulary without a line end: begin with some character that it has
-kind, colon, paths = start.partition(':')
-if colon and kind in ('FILE', 'FILES'):
-    places = [path.strip() for path in paths.split(',')] if kind == 'FILES' else [paths]
-    prompts = [read_text(path) for path in places]
-elif colon and kind == 'LINES':
-    numbered = [(f'{paths}, line {n}', line) for n, line in enumerate(read_text(paths).split('\n'), 1) if line]
-    if not numbered:
-        raise UserError(f'--start={start}: the file has no lines with anything in them')
-    places, prompts = zip(*numbered)
-else:
-    places, prompts = [f'--start={one_line(start, 40)}'], [start]
-encoded = [encode(prompt, place) for place, prompt in zip(places, prompts)]
+    start = spec['chars'][0]  # the vocabulary has no line end: start with a character that it has
+places, prompts = zip(*read_prompts(start))
+prompt_ids = [encode(prompt, place) for place, prompt in zip(places, prompts)]
 if interactive and len(prompts) > 1:
     raise UserError(f'--interactive=True: continues one prompt, not {len(prompts)}')
 
-# --- layout and compilation -------------------------------------------------------------------------------------------
+# --- weight layout and compilation ------------------------------------------------------------------------------------
 batch_size = 1 if interactive else min(batch_size, num_samples * len(prompts))
 model.eval().to(device)
-if quantize or not (
-    compile and device.type == 'cpu'
-):  # the compiler does not take packed layers, and is slower on a CPU
+if quantize or not (compile and device.type == 'cpu'):  # torch.compile cannot trace packed layers
     pack(model, device, dtype, quantize)
-keep_memory(device)
-context = None  # what is compiled for is one batch of one size, kept from the first text to the last
+static_context = None  # for a compiled model: one batch of a fixed size, at fixed addresses, used for all samples
 if compile:
     with autocast(device, dtype):
-        context = Context(model, batch_size, model.config.block_size, static=True)
+        static_context = Context(model, batch_size, model.config.block_size, static=True)
 
-    def trial():  # of one token at a time, as more are read by what is not compiled; of two, as the second is recorded on CUDA
+    def trial():
+        # A prompt of one token, as longer ones are read uncompiled; two new tokens, as CUDA records at the second call.
+        samples = [Sample(prompt_ids[0][-1:]) for _ in range(batch_size)]
         with autocast(device, dtype):
-            for _ in generate(
-                model, [Sample(encoded[0][-1:]) for _ in range(batch_size)], 2, sampling, context=context, static=True
-            ):
+            for _ in generate(model, samples, 2, sampling, context=static_context, static=True):
                 pass
 
     if not compile_or_stay_eager(model, trial, **decoding_options(device)):
-        context = None
+        static_context = None
 
 
-def draw(samples, **options):
-    """generate() for new samples, as many as there are; where the batch has a fixed size, it is filled up."""
-    if context is None:
+def generate_batch(samples, **options):
+    """generate() for up to batch_size new samples. For a compiled model, extra samples fill up the batch."""
+    if static_context is None:
         return generate(model, samples, max_new_tokens, sampling, **options)
-    context.forget()
-    filling = [Sample(samples[0].prompt) for _ in range(batch_size - len(samples))]
-    return generate(model, [*samples, *filling], max_new_tokens, sampling, context=context, static=True, **options)
+    static_context.forget()
+    padding = [Sample(samples[0].prompt) for _ in range(batch_size - len(samples))]
+    samples = [*samples, *padding]
+    return generate(model, samples, max_new_tokens, sampling, context=static_context, static=True, **options)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-def write(samples):
-    """Draw the samples in one batch and print them in their order, the first that is not finished as it grows."""
-    shown, at = 0, 0  # characters of samples[at] that have been printed
+# --- output -----------------------------------------------------------------------------------------------------------
+def write_text(samples):
+    """Generate the samples in one batch and print them in order; with --stream, the next one while it grows."""
+    current, printed = 0, 0  # the sample that is being printed, and how many of its characters have been
 
-    def show():
-        nonlocal shown, at
-        while at < len(samples):
-            sample = samples[at]
+    def print_new():
+        nonlocal current, printed
+        while current < len(samples):
+            sample = samples[current]
             if not (stream or sample.finish_reason):
                 return
             text, end = sample.prompt_text + sample.text, len(sample.prompt_text) + sample.settled()
-            print(text[shown:end], end='', flush=stream)
-            shown = end
+            print(text[printed:end], end='', flush=stream)
+            printed = end
             if not sample.finish_reason:
                 return
             print('\n---------------', flush=True)
-            shown, at = 0, at + 1
+            current, printed = current + 1, 0
 
-    for _ in draw(samples):
-        show()
-        if at == len(samples):
-            break  # what is left is filling
+    for _ in generate_batch(samples):
+        print_new()
+        if current == len(samples):
+            break  # only padding is left
     for sample in samples:
-        sample.finish('length')  # when there was nothing to draw
-    show()
+        sample.finish('length')  # with --max_new_tokens=0
+    print_new()
 
 
 def write_json(samples, prompts):
-    """Draw the samples in one batch and print a JSON object for each."""
+    """Generate the samples in one batch and print a JSON object for each."""
     from json import dumps
 
-    ascii_only = 'utf' not in (sys.stdout.encoding or '').lower()  # in a code page, what it lacks is written as \\uXXXX
-    for _ in draw(samples, log_probs=True):
+    ascii_only = 'utf' not in (sys.stdout.encoding or '').lower()  # other encodings lack characters: write \uXXXX
+    for _ in generate_batch(samples, log_probs=True):
         if all(sample.finish_reason for sample in samples):
             break
     for sample, prompt in zip(samples, prompts):
         sample.finish('length')
-        print(
-            dumps(
-                {
-                    'prompt': prompt,
-                    'text': sample.text,
-                    'token_ids': sample.ids,
-                    'log_probs': sample.log_probs,
-                    'finish_reason': sample.finish_reason,
-                },
-                ensure_ascii=ascii_only,
-            ),
-            flush=True,
-        )
+        record = {
+            'prompt': prompt,
+            'text': sample.text,
+            'token_ids': sample.ids,
+            'log_probs': sample.log_probs,
+            'finish_reason': sample.finish_reason,
+        }
+        print(dumps(record, ensure_ascii=ascii_only), flush=True)
 
 
+# --- interactive ------------------------------------------------------------------------------------------------------
 def converse():
-    """Ask for text, continue it, and so on, in one growing context."""
+    """Ask for text, continue it, ask again: all in one growing context."""
     print(
-        'What you type is continued where it stands; \\n in it is a line end, an empty line lets the model go on.\n'
+        'Type text for the model to continue; \\n in it is a line end, an empty line lets the model go on.\n'
         'Ctrl-C stops an answer, Ctrl-D ends.'
     )
     with suppress(ImportError):
-        import readline  # noqa: F401  (its import gives input() line editing and history)
-    conversation, unread, turn = context or Context(model, 1, model.config.block_size), [], 0
-    conversation.forget()
+        import readline  # noqa: F401  (gives input() line editing and history)
+    context = static_context or Context(model, 1, model.config.block_size)
+    context.forget()
     typed = prompts[0] if 'start' in config.given else None
+    unread, turn = [], 0  # ids that the context has not read yet; answers so far
     while True:
         if typed is None:
             try:
@@ -246,29 +241,27 @@ def converse():
             print(error, file=sys.stderr)
             typed = None
             continue
+        typed = None
         if ids:
-            sample = make_sample(ids, turn)
-            answer(sample, conversation)
+            sample = new_sample(ids, turn)
+            answer(sample, context)
             unread = [token for token in sample.ids[-1:] if token != tokenizer.end_of_text] if sample.ids else ids
             turn += 1
-        typed = None
 
 
-def answer(sample, conversation):
+def answer(sample, context):
     """Print the sample as it grows, until it is finished or Ctrl-C is pressed."""
     interrupted = []
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    shown = 0
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    printed = 0
     try:
-        for _ in generate(
-            model, [sample], max_new_tokens, sampling, context=conversation, static=conversation.cache.static
-        ):
+        for _ in generate(model, [sample], max_new_tokens, sampling, context=context, static=context.cache.static):
             if interrupted:
                 sample.finish('interrupted')
-            print(sample.text[shown : sample.settled()], end='', flush=True)
-            shown = sample.settled()
+            print(sample.text[printed : sample.settled()], end='', flush=True)
+            printed = sample.settled()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
     print(flush=True)
 
 
@@ -276,7 +269,10 @@ with autocast(device, dtype):
     if interactive:
         converse()
     else:
-        jobs = ((prompt, make_sample(ids, i)) for prompt, ids in zip(prompts, encoded) for i in range(num_samples))
+        jobs = ((prompt, new_sample(ids, i)) for prompt, ids in zip(prompts, prompt_ids) for i in range(num_samples))
         while batch := list(itertools.islice(jobs, batch_size)):
-            texts, samples = zip(*batch)
-            write_json(samples, texts) if json else write(samples)
+            batch_prompts, samples = zip(*batch)
+            if json:
+                write_json(samples, batch_prompts)
+            else:
+                write_text(samples)

@@ -10,9 +10,9 @@ wandb_run_name = 'ft-' + str(time.time())
 
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
-always_save_checkpoint = False  # it overfits soon
+always_save_checkpoint = False  # save only when the validation loss has improved: it soon overfits
 
-# 1 window x 32 micro-batches x 1024 tokens = 32,768 tokens in an update; the text has 301,966: about 9 updates an epoch
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per iteration; 301,966 in the text: 9 iterations per epoch
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

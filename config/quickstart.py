@@ -1,5 +1,5 @@
-# What ./quickstart.sh trains: a character GPT of a size that the device trains in about a minute, by the recipe that learned fastest
-# in the speedruns (BENCHMARKS.md).
+# What ./quickstart.sh trains: a character GPT that the device can train in about a minute, by the recipe that won
+# the speedruns (BENCHMARKS.md).
 import torch
 
 eval_interval = 125
@@ -26,4 +26,4 @@ else:  # 0.80M
     n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 4, 2, 128, 64, 24, 0.0, 1000
 lr_decay_iters = max_iters
 cooldown_iters = int(0.8 * max_iters)
-compile = torch.cuda.is_available()  # elsewhere it takes longer than it saves in so short a run
+compile = torch.cuda.is_available()  # elsewhere, compiling takes longer than it saves in so short a run

@@ -1,5 +1,5 @@
-# The validation loss of config/train_shakespeare_char_cpu.py in a tenth of its time, with a model of the same size.
-# BENCHMARKS.md has what each part brings, and how to go on to 1.57 in the time that the other takes.
+# Reach the validation loss of config/train_shakespeare_char_cpu.py in a tenth of its time; the model has the same size.
+# docs/LOG.md tells what each part contributes, and how to reach 1.57 in the time that the other recipe takes.
 import torch
 
 out_dir = 'out-speedrun-cpu'
@@ -13,7 +13,7 @@ gradient_accumulation_steps = 1
 batch_size = 24
 block_size = 64
 
-# the model: what made it learn faster, and nothing that did not
+# model: only what made it learn faster
 n_layer = 4
 n_head = 2
 n_embd = 128
@@ -25,8 +25,8 @@ qk_norm = True
 
 optimizer = 'muon'
 muon_learning_rate = 0.03
-muon_momentum = 0.7  # so short a run has no time for a longer memory; 0.95 for more than a thousand updates
-learning_rate = 0.03  # of the embedding and the gains
+muon_momentum = 0.7  # so short a run cannot average for longer; 0.95 for more than a thousand iterations
+learning_rate = 0.03  # of the embedding and the normalization weights
 weight_decay = 0.0
 grad_clip = 0.0
 max_iters = 140
@@ -36,7 +36,6 @@ warmup_iters = 5
 min_lr = 0.0
 
 device = 'cpu'
-dtype = (
-    'bfloat16' if getattr(torch.cpu, '_is_avx512_bf16_supported', bool)() else 'float32'
-)  # where the processor multiplies it
+_has_bfloat16 = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()  # instructions that multiply it
+dtype = 'bfloat16' if _has_bfloat16 else 'float32'
 compile = True

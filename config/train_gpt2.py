@@ -4,12 +4,12 @@ wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# 12 windows x 1024 tokens x 5 micro-batches x 8 GPUs = 491,520 tokens in an update
+# 12 sequences x 1024 tokens x 5 micro-batches x 8 GPUs = 491,520 tokens per iteration
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
-# 300 billion tokens in all
+# 300 billion tokens in total
 max_iters = 600000
 lr_decay_iters = 600000
 

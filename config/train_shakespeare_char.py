@@ -3,14 +3,14 @@ out_dir = 'out-shakespeare-char'
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # it overfits: save when the validation loss has improved, and at the end
+always_save_checkpoint = False  # it overfits: save only when the validation loss has improved, and at the end
 
 wandb_log = False  # or --wandb_log=True
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 
 dataset = 'shakespeare_char'
-data_order = 'shuffle'  # a small text, read many times: every part of it equally often
+data_order = 'shuffle'  # the text is small and read many times: read every part equally often
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256  # characters of context
@@ -20,9 +20,9 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # small models bear more
+learning_rate = 1e-3  # small models tolerate more
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99  # few tokens in an update: average over more of them
+beta2 = 0.99  # few tokens per iteration: average over more iterations
 warmup_iters = 100

@@ -10,7 +10,7 @@ wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt-cpu'
 
 dataset = 'shakespeare_char'
-data_order = 'shuffle'  # a small text, read more than once: every part of it equally often
+data_order = 'shuffle'  # the text is small and read more than once: read every part equally often
 gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 64
@@ -28,4 +28,4 @@ beta2 = 0.99
 warmup_iters = 100
 
 device = 'cpu'
-compile = False  # compiling pays only in longer runs
+compile = False  # compiling pays off only in longer runs

@@ -10,11 +10,15 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.update(
-    OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', WANDB_MODE='offline'
-)  # two test processes share two cores; no network
+    OMP_NUM_THREADS='1',  # two test processes share two cores
+    TORCHINDUCTOR_COMPILE_THREADS='1',  # the same; and no worker processes, which each import torch first
+    HF_HUB_OFFLINE='1',  # no network
+    WANDB_MODE='offline',
+)
 
 import numpy as np
 import pytest
@@ -27,101 +31,101 @@ torch.set_num_threads(1)
 for _module in ('common.cpu', 'common.distributed', 'common.tracking', 'generation', 'loading', 'optim'):
     importlib.import_module(_module)  # once, for all forks
 
-# A model and a run that take a second or two
-TINY = [
-    '--dataset=tiny',
-    '--out_dir=out',
-    '--device=cpu',
-    '--compile=False',
-    '--n_layer=2',
-    '--n_head=2',
-    '--n_embd=32',
-    '--block_size=16',
-    '--batch_size=4',
-    '--gradient_accumulation_steps=2',
-    '--eval_iters=2',
-    '--eval_interval=4',
-    '--max_iters=8',
-    '--warmup_iters=2',
-    '--lr_decay_iters=8',
-    '--learning_rate=1e-2',
-    '--min_lr=1e-3',
-]
+# a training run of a second or two
+TINY = """
+    --dataset=tiny --out_dir=out --device=cpu --compile=False
+    --n_layer=2 --n_head=2 --n_embd=32 --block_size=16
+    --batch_size=4 --gradient_accumulation_steps=2 --eval_iters=2 --eval_interval=4
+    --max_iters=8 --warmup_iters=2 --lr_decay_iters=8 --learning_rate=1e-2 --min_lr=1e-3
+""".split()
 CHARS = '\n abcdefghijklmnopqrstuvwxyz.'
 
 
-def environment(**extra):
-    """This process's environment, without what a torchrun around it may have left."""
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment, without the variables that torchrun sets, and with some more."""
     clean = {key: value for key, value in os.environ.items() if key not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
     return {**clean, **extra}
 
 
-def run(script, *arguments, cwd, timeout=120, **extra):
-    """Run a script of the repository in a folder, as its own process -> CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, str(REPO / script), *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def run(script, *arguments, cwd, timeout=120, **extra: str) -> subprocess.CompletedProcess:
+    """Run a script of the repository in a folder, in a process of its own -> CompletedProcess with text output.
+
+    extra: environment variables.
+    """
+    command = [sys.executable, str(REPO / script), *map(str, arguments)]
+    env = environment(**extra)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 class Forked:
-    """A script in a fork of this process, which has imported torch already: a tenth of the time, for the many cases that end before any
-    work is done. What the interpreter does with an uncaught exception is done here by the same hook. A script that is a copy, outside of
-    the repository, imports the modules beside it."""
+    """A script that runs in a fork of this process.
+
+    torch is imported already, so this takes a tenth of a process's time. Uncaught exceptions go to sys.excepthook, as
+    in the interpreter. A script outside the repository, a copy, imports the modules beside it.
+    """
 
     def __init__(self, script, *arguments, cwd, name='', **extra):
-        self.arguments = arguments
+        """name: tells apart scripts that run in the same folder at the same time. extra: environment variables."""
+        self.arguments, self.status = arguments, None
+        cwd = Path(cwd)
         self.files = [
-            open(Path(cwd).parent / f'{Path(cwd).name}{name}.{stream}', 'w+', encoding='utf-8')
-            for stream in ('out', 'err')
+            open(cwd.parent / f'{cwd.name}{name}.{stream}', 'w+', encoding='utf-8') for stream in ('out', 'err')
         ]
-        self.pid, self.status = os.fork(), None
+        self.pid = os.fork()
         if self.pid:
             return
         status = 1
         try:
             for target, file in zip((1, 2), self.files):
                 os.dup2(file.fileno(), target)
-            sys.stdout, sys.stderr = open(1, 'w', encoding='utf-8'), open(2, 'w', encoding='utf-8')
+            sys.stdout, sys.stderr = (open(n, 'w', encoding='utf-8', closefd=False) for n in (1, 2))
             os.chdir(cwd)
             os.environ.update(extra)
             script = REPO / script
             if REPO not in script.parents:
-                for name, module in list(sys.modules.items()):
-                    if Path(getattr(module, '__file__', None) or '/').parent in (REPO, REPO / 'common', REPO / 'data'):
-                        del sys.modules[name]
-                sys.path[:] = [str(script.parent), *(path for path in sys.path if path != str(REPO))]
+                self.forget_repository()
+                sys.path.insert(0, str(script.parent))
             sys.argv = [str(script), *map(str, arguments)]
-            try:
-                runpy.run_path(str(script), run_name='__main__')
-                status = 0
-            except SystemExit as end:
-                status = end.code or 0
-            except BaseException:
-                try:
-                    sys.excepthook(*sys.exc_info())
-                except SystemExit as end:
-                    status = end.code
+            status = self.run(script)
             sys.stdout.flush()
             sys.stderr.flush()
             if 'common.files' in sys.modules:
-                sys.modules['common.files'].remove_locks()  # as at the end of an interpreter
+                sys.modules['common.files'].remove_locks()  # as the interpreter does when it ends
         finally:
             os._exit(status)
 
+    @staticmethod
+    def forget_repository():
+        """Undo the import of the repository's modules."""
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, '__file__', None) or '/').parent in (REPO, REPO / 'common', REPO / 'data'):
+                del sys.modules[name]
+        sys.path[:] = [path for path in sys.path if path != str(REPO)]
+
+    @staticmethod
+    def run(script):
+        """Run the script in this process -> its exit status."""
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+            return 0
+        except SystemExit as end:
+            return end.code or 0
+        except BaseException:
+            try:
+                sys.excepthook(*sys.exc_info())
+            except SystemExit as end:
+                return end.code
+            return 1
+
     def poll(self, wait=False):
-        """The exit status, None while it runs."""
+        """The exit status, None while the script runs."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status
 
     def result(self):
-        """Wait for the end -> CompletedProcess."""
+        """Wait until the script ends -> CompletedProcess."""
         status, texts = self.poll(wait=True), []
         for file in self.files:
             file.seek(0)
@@ -131,31 +135,22 @@ class Forked:
         return subprocess.CompletedProcess(self.arguments, status, *texts)
 
 
-def run_forked(script, *arguments, cwd, **extra):
-    """Like run, in a fork of this process; see Forked."""
+def run_forked(script, *arguments, cwd, **extra: str) -> subprocess.CompletedProcess:
+    """Like run, but in a fork of this process, see Forked."""
     return Forked(script, *arguments, cwd=cwd, **extra).result()
 
 
-def run_forked_ranks(world_size, script, *arguments, cwd):
-    """Several ranks of a script, as torchrun starts them; when one fails the others are killed -> CompletedProcess of each."""
+def run_forked_ranks(world_size: int, script, *arguments, cwd) -> list[subprocess.CompletedProcess]:
+    """Run several ranks of a script, as torchrun does; when one fails, the others are killed -> CompletedProcesses."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        Forked(
-            script,
-            *arguments,
-            cwd=cwd,
-            name=f'.{rank}',
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=port,
-        )
-        for rank in range(world_size)
-    ]
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        env = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size}
+        env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        env = {key: str(value) for key, value in env.items()}
+        ranks.append(Forked(script, *arguments, cwd=cwd, name=f'.{rank}', **env))
     failed_at = None
     while None in (statuses := [rank.poll() for rank in ranks]):
         if any(statuses) and failed_at is None:
@@ -168,46 +163,49 @@ def run_forked_ranks(world_size, script, *arguments, cwd):
     return [rank.result() for rank in ranks]
 
 
-def run_ok(script, *arguments, **keywords):
-    """Like run, and the script must succeed -> its standard output."""
+def run_ok(script, *arguments, **keywords) -> str:
+    """Like run, but the script must succeed -> its standard output."""
     result = run(script, *arguments, **keywords)
     assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
     return result.stdout
 
 
-def run_forked_ok(script, *arguments, **keywords):
-    """Like run_forked, and the script must succeed -> its standard output."""
+def run_forked_ok(script, *arguments, **keywords) -> str:
+    """Like run_forked, but the script must succeed -> its standard output."""
     result = run_forked(script, *arguments, **keywords)
     assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
     return result.stdout
 
 
-def train_on_ranks(world_size, *arguments, cwd, script='train.py'):
-    """Train on several ranks of this machine, which all must succeed -> what they printed."""
+def train_on_ranks(world_size: int, *arguments, cwd, script='train.py') -> str:
+    """Train on several ranks, which must all succeed -> what they printed."""
     results = run_forked_ranks(world_size, script, *arguments, cwd=cwd)
     output = ''.join(result.stdout + result.stderr for result in results)
     assert not any(result.returncode for result in results), output
     return output
 
 
-def copy_scripts(target, edits=()):
-    """The repository's scripts, copied to a folder. edits: (file name, old, new) to be replaced in them, each once -> the folder."""
-    for path in (
-        *REPO.glob('*.py'),
-        *(path for name in ('common', 'data', 'tools') for path in (REPO / name).rglob('*.py')),
-    ):
+def copy_scripts(target: Path, edits=()) -> Path:
+    """Copy the repository's scripts to a folder -> the folder.
+
+    edits: (file name, old text, new text) to replace in the copies; the old text must occur once.
+    """
+    paths = [*REPO.glob('*.py')]
+    for name in ('common', 'data', 'tools'):
+        paths += (REPO / name).rglob('*.py')
+    for path in paths:
         copy = target / path.relative_to(REPO)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     for name, old, new in edits:
         text = (target / name).read_text(encoding='utf-8')
-        assert text.count(old) == 1, f'{name}: {old!r} stands there {text.count(old)} times'
+        assert text.count(old) == 1, f'{name}: {old!r} occurs {text.count(old)} times'
         (target / name).write_text(text.replace(old, new), encoding='utf-8')
     return target
 
 
-def write_data(folder, n_train=4000, n_val=1000, chars=CHARS):
-    """A data set with some order in it: characters that mostly follow one another in the alphabet."""
+def write_data(folder: Path, n_train=4000, n_val=1000, chars=CHARS) -> None:
+    """Write a data set with something to learn: most characters are followed by the next one of the alphabet."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     steps = rng.choice([1, 2, 5], size=n_train + n_val, p=[0.7, 0.2, 0.1])
@@ -223,8 +221,8 @@ def write_data(folder, n_train=4000, n_val=1000, chars=CHARS):
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
 
-def metrics(out_dir):
-    """The records of a run -> (updates, evaluations)."""
+def metrics(out_dir: Path) -> tuple[list[dict], list[dict]]:
+    """The records of a run -> (iterations, evaluations)."""
     records = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     return [r for r in records if 'loss' in r], [r for r in records if 'val/loss' in r]
 
@@ -237,8 +235,29 @@ def workspace(tmp_path):
 
 
 @pytest.fixture
+def forked_runs(monkeypatch):
+    """Let subprocess.run, called by a script, run other scripts in forks rather than in processes of their own."""
+
+    def run(command, **_):
+        _, script, *arguments = command
+        return Forked(script, *arguments, cwd=os.getcwd(), name='.inner').result()
+
+    monkeypatch.setattr(subprocess, 'run', run)
+
+
+@pytest.fixture
+def quick_compiler():
+    """torch.compile, quicker for forked scripts: imported once, here, and its kernels use no vector instructions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # deprecations in torch itself
+        import torch._inductor.compile_fx  # noqa: F401
+    with torch._inductor.config.patch({'cpp.vec_isa_ok': False}):
+        yield
+
+
+@pytest.fixture
 def gpt2_vocabulary(monkeypatch):
-    """The GPT-2 tokenizer, where its vocabulary can be had; else the test is skipped."""
+    """The GPT-2 tokenizer. Without a copy of its vocabulary, the test is skipped."""
     if 'TIKTOKEN_CACHE_DIR' not in os.environ:
         monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
         if not (SHARED / 'tiktoken_cache').exists():

@@ -1,5 +1,8 @@
-"""An independent GPT in float64, the slow and obvious way, one position and one head at a time, under nanoGPT's parameter names:
-what others' code expects of a checkpoint, and a computation to hold model.py against. It shares nothing with model.py."""
+"""An independent GPT to check model.py and its checkpoints against.
+
+It computes in float64, the slow and obvious way: one position and one head at a time. Its parameters have nanoGPT's
+names, which other people's code expects of a checkpoint. It shares no code with model.py.
+"""
 
 import math
 
@@ -8,7 +11,7 @@ import torch.nn as nn
 
 
 class Norm(nn.Module):
-    """Layer normalisation (Ba et al. 2016), or root mean square normalisation (Zhang and Sennrich 2019), by their definitions."""
+    """Layer normalisation (Ba et al. 2016), or RMS normalisation (Zhang and Sennrich 2019), by their definitions."""
 
     def __init__(self, width, bias, rms):
         super().__init__()
@@ -23,16 +26,15 @@ class Norm(nn.Module):
 
 
 def rotated(x, position):
-    """Rotary embedding of one vector x (..., hs), as a product of complex numbers (Su et al. 2021)."""
+    """Rotary embedding of x (..., hs) at one position, by multiplying complex numbers (Su et al. 2021)."""
     half = x.size(-1) // 2
-    turned = torch.complex(x[..., :half], x[..., half:])
-    turned = turned * torch.polar(
-        torch.ones(half).double(), position * 10000.0 ** (-torch.arange(half).double() / half)
-    )
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    angles = position * 10000.0 ** (-torch.arange(half).double() / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones(half).double(), angles)
+    return torch.cat((z.real, z.imag), dim=-1)
 
 
 def activation(kind, inner):
+    """The activation that GPTConfig calls `kind`, by its definition."""
     if kind == 'swiglu':
         gate, up = inner.chunk(2, dim=-1)
         return gate / (1 + torch.exp(-gate)) * up
@@ -44,7 +46,7 @@ def activation(kind, inner):
 
 
 class ReferenceGPT(nn.Module):
-    """Accepts exactly nanoGPT's model_args (and, by name, what SAMgpt has beyond them), and weights by strict loading."""
+    """A GPT that takes exactly nanoGPT's model_args and weights, and SAMgpt's further settings by name."""
 
     def __init__(
         self,
@@ -62,75 +64,58 @@ class ReferenceGPT(nn.Module):
         qk_norm=False,
         n_kv_head=0,
         logit_softcap=0.0,
-        **no_matter,
+        **ignored,
     ):
         super().__init__()
         self.n_head, self.n_kv_head, self.mlp, self.pos = n_head, n_kv_head or n_head, mlp, pos
         self.qk_norm, self.logit_softcap = qk_norm, logit_softcap
         width = n_embd // n_head
         inner = 64 * math.ceil(8 * n_embd / 3 / 64) if mlp == 'swiglu' else 4 * n_embd
-        layers = []
-        for _ in range(n_layer):
-            attn = nn.ModuleDict(
-                {
-                    'c_attn': nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * width, bias=bias),
-                    'c_proj': nn.Linear(n_embd, n_embd, bias=bias),
-                }
-            )
-            both = nn.ModuleDict(
-                {
-                    'c_fc': nn.Linear(n_embd, inner * (2 if mlp == 'swiglu' else 1), bias=bias),
-                    'c_proj': nn.Linear(inner, n_embd, bias=bias),
-                }
-            )
-            layers.append(
-                nn.ModuleDict(
-                    {
-                        'ln_1': Norm(n_embd, bias, norm == 'rmsnorm'),
-                        'attn': attn,
-                        'ln_2': Norm(n_embd, bias, norm == 'rmsnorm'),
-                        'mlp': both,
-                    }
-                )
-            )
-        self.transformer = nn.ModuleDict(
-            {
-                'wte': nn.Embedding(vocab_size, n_embd),
-                'h': nn.ModuleList(layers),
-                'ln_f': Norm(n_embd, bias, norm == 'rmsnorm'),
-            }
-        )
+        rms = norm == 'rmsnorm'
+        self.transformer = nn.ModuleDict()
+        self.transformer['wte'] = nn.Embedding(vocab_size, n_embd)
         if pos == 'learned':
             self.transformer['wpe'] = nn.Embedding(block_size, n_embd)
+        self.transformer['h'] = nn.ModuleList()
+        self.transformer['ln_f'] = Norm(n_embd, bias, rms)
+        for _ in range(n_layer):
+            layer = nn.ModuleDict()
+            layer['ln_1'] = Norm(n_embd, bias, rms)
+            layer['attn'] = nn.ModuleDict()
+            layer['attn']['c_attn'] = nn.Linear(n_embd, (n_head + 2 * self.n_kv_head) * width, bias=bias)
+            layer['attn']['c_proj'] = nn.Linear(n_embd, n_embd, bias=bias)
+            layer['ln_2'] = Norm(n_embd, bias, rms)
+            layer['mlp'] = nn.ModuleDict()
+            layer['mlp']['c_fc'] = nn.Linear(n_embd, inner * (2 if mlp == 'swiglu' else 1), bias=bias)
+            layer['mlp']['c_proj'] = nn.Linear(inner, n_embd, bias=bias)
+            self.transformer['h'].append(layer)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.double()
 
     def forward(self, idx):
-        """(B, T) ids -> (B, T, V) logits, one position and one head at a time."""
+        """(B, T) ids -> (B, T, V) logits."""
         B, T = idx.shape
         x = self.transformer.wte.weight[idx]
         if self.pos == 'learned':
             x = x + self.transformer.wpe.weight[:T]
         width = x.size(-1) // self.n_head
         for layer in self.transformer.h:
-            q, k, v = layer.attn.c_attn(layer.ln_1(x)).split(
-                [n * width for n in (self.n_head, self.n_kv_head, self.n_kv_head)], dim=-1
-            )
+            widths = [n * width for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
+            q, k, v = layer.attn.c_attn(layer.ln_1(x)).split(widths, dim=-1)
             mixed = torch.zeros_like(x)
             for head in range(self.n_head):
                 part = slice(head * width, (head + 1) * width)
-                kv = head * self.n_kv_head // self.n_head  # neighbouring heads share
+                kv = head * self.n_kv_head // self.n_head  # neighbouring heads share keys and values
                 kv_part = slice(kv * width, (kv + 1) * width)
                 queries, keys = q[:, :, part], k[:, :, kv_part]
                 if self.qk_norm:
                     queries, keys = (z / torch.sqrt((z**2).mean(-1, keepdim=True) + 1e-5) for z in (queries, keys))
                 if self.pos == 'rope':
-                    queries, keys = (
-                        torch.stack([rotated(z[:, t], t) for t in range(T)], dim=1) for z in (queries, keys)
-                    )
+                    queries = torch.stack([rotated(queries[:, t], t) for t in range(T)], dim=1)
+                    keys = torch.stack([rotated(keys[:, t], t) for t in range(T)], dim=1)
                 for t in range(T):
                     scores = torch.einsum('bc,bsc->bs', queries[:, t], keys[:, : t + 1]) / math.sqrt(width)
-                    if self.pos == 'alibi':  # for a number of heads that is a power of two
+                    if self.pos == 'alibi':  # if n_head is a power of two
                         scores = scores - 2 ** (-8 * (head + 1) / self.n_head) * (t - torch.arange(t + 1))
                     mixed[:, t, part] = torch.einsum('bs,bsc->bc', scores.softmax(-1), v[:, : t + 1, kv_part])
             x = x + layer.attn.c_proj(mixed)

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: ./test.sh -m gpu. On a machine without one every test here is skipped."""
+"""Tests that need a CUDA device: ./test.sh -m gpu. On a machine without one they are skipped."""
 
 import pytest
 import torch
@@ -10,13 +10,11 @@ from optim import OPTIMIZERS, make_optimizer, step_unless
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device here')]
 LONG = ['--max_iters=20', '--lr_decay_iters=20', '--dropout=0']
+MODERN = '--pos=rope --norm=rmsnorm --mlp=swiglu --qk_norm=True --n_kv_head=1 --optimizer=muon'.split()
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 2e-3), ('bfloat16', 3e-2), ('float16', 3e-2)])
-@pytest.mark.parametrize(
-    'options',
-    [[], ['--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--n_kv_head=1', '--optimizer=muon']],
-)
+@pytest.mark.parametrize('options', [[], MODERN])
 def test_losses_are_those_of_the_cpu(workspace, dtype, tolerance, options):
     run_ok('train.py', *TINY, *LONG, *options, '--out_dir=cpu', cwd=workspace)
     run_ok('train.py', *TINY, *LONG, *options, '--out_dir=cuda', '--device=cuda', f'--dtype={dtype}', cwd=workspace)
@@ -34,16 +32,9 @@ def test_a_run_is_resumed(workspace):
 
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_a_skipped_step_changes_nothing(kind):
-    """Nobody waits for the device to tell whether a gradient is finite; what is not leaves no trace."""
-    settings = dict(
-        optimizer=kind,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        muon_learning_rate=0.02,
-        muon_momentum=0.95,
-    )
+    """A NaN or infinite gradient leaves no trace, though the host does not wait to learn of it."""
+    settings = dict(optimizer=kind, learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    settings.update(muon_learning_rate=0.02, muon_momentum=0.95)
     models = [GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11)).cuda() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [make_optimizer(model, settings) for model in models]
@@ -58,7 +49,8 @@ def test_a_skipped_step_changes_nothing(kind):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_a_text_is_continued_as_without_a_cache(dtype):
+def test_the_cache_changes_no_token(dtype):
+    """Each generated token is the most likely one, or almost, by the logits computed without a cache."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=40)).cuda().eval()
     idx = torch.randint(40, (2, 5), device='cuda')
     with autocast(torch.device('cuda'), dtype), torch.no_grad():

@@ -1,5 +1,7 @@
-"""A person's mistake ends with exit status 2 and one line that says what is wrong and what to do: no traceback, nothing of
-the user's overwritten, no code from a data file executed. Every case runs the real script, as a user would."""
+"""A person's mistake ends with exit status 2 and one line that says what is wrong and what to do.
+
+No traceback is printed, no file of the user's is changed, no code in a data file runs. Every case runs the real script.
+"""
 
 import gzip
 import json
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Callable, NamedTuple
 
 import pytest
 import torch
@@ -24,68 +27,53 @@ from conftest import (
     write_data,
 )
 
-RESUME = [*TINY, '--init_from=resume', '--max_iters=12']
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=4']
-BENCH = [
-    '--device=cpu',
-    '--compile=False',
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=32',
-    '--block_size=16',
-    '--batch_size=2',
-    '--warmup_steps=0',
-    '--steps=1',
-    '--dataset=tiny',
-]
-DECODE = [
-    '--mode=decode',
-    '--device=cpu',
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=32',
-    '--block_size=16',
-    '--vocab_size=40',
-    '--rounds=1',
-    '--num_samples=2',
-    '--prompt_tokens=4',
-    '--max_new_tokens=4',
-]
-PREPARE = 'data/text/prepare.py'
+BENCH = """
+    --device=cpu --compile=False --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2
+    --warmup_steps=0 --steps=1 --dataset=tiny
+""".split()
+DECODE = """
+    --mode=decode --device=cpu --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=40
+    --rounds=1 --num_samples=2 --prompt_tokens=4 --max_new_tokens=4
+""".split()
 META = 'data/tiny/meta.json'
-ON_THREE = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3'}  # as torchrun sets it; there is nobody to join
+ON_THREE = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3'}  # as torchrun sets it; the other two do not exist
 
 
 class Code:
-    """Unpickled by an unsuspecting reader, this runs a command."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ('touch executed',)
 
 
-# --- ways to prepare a mistake: each gives a function of the workspace -------------------------------------------------
+# --- ways to prepare a mistake: each returns a function that changes a workspace --------------------------------------
 
 
 def put(path, content):
-    """Write text, bytes, JSON (a dict or list), or an object that `torch.save` takes for a .pt, in place of a file."""
+    """Write a file: text, bytes, an object for torch.save if it ends in .pt, else a dict or list as JSON."""
 
     def prepare(folder):
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == '.pt' and not isinstance(content, bytes):
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif target.suffix == '.pt':
             torch.save(content, target)
         else:
-            text = content if isinstance(content, (bytes, str)) else json.dumps(content)
-            target.write_bytes(text if isinstance(text, bytes) else text.encode())
+            text = content if isinstance(content, str) else json.dumps(content)
+            target.write_text(text, encoding='utf-8')
 
     return prepare
 
 
 def drop(*paths):
+    """Delete files."""
     return lambda folder: [(folder / path).unlink() for path in paths]
 
 
 def cut(path, size):
+    """Truncate a file to `size` bytes."""
     return lambda folder: os.truncate(folder / path, size)
 
 
@@ -100,7 +88,7 @@ def ids(path, *values):
 
 
 def meta(**changes):
-    """Change meta.json; a value of None takes the key out."""
+    """Change keys of meta.json; None deletes a key."""
 
     def prepare(folder):
         content = {**json.loads((folder / META).read_text()), **changes}
@@ -110,12 +98,12 @@ def meta(**changes):
 
 
 def meta_pkl(content):
-    """A nanoGPT meta.pkl, of an object or of raw bytes, in place of meta.json."""
+    """Replace meta.json by a nanoGPT meta.pkl, with an object or with raw bytes in it."""
     return both(drop(META), put('data/tiny/meta.pkl', content if isinstance(content, bytes) else pickle.dumps(content)))
 
 
 def forge(change, name='ckpt.pt'):
-    """Load a checkpoint, change it in place, save it again."""
+    """Load a checkpoint, call change(checkpoint), save it again."""
 
     def prepare(folder):
         state = torch.load(folder / 'out' / name, weights_only=True)
@@ -126,29 +114,32 @@ def forge(change, name='ckpt.pt'):
 
 
 def both(*steps):
+    """Do several of these."""
     return lambda folder: [step(folder) for step in steps]
 
 
 def mkdir(path):
+    """Make a folder."""
     return lambda folder: (folder / path).mkdir(parents=True)
 
 
 def config(text):
+    """Write the config file c.py."""
     return put('c.py', text)
 
 
 def files(**content):
-    """Write a text file NAME.txt for each name=text."""
+    """Write the text file <name>.txt for each name=text."""
     return both(*(put(f'{name}.txt', text) for name, text in content.items()))
 
 
 def bare_split(n_tokens):
-    """Cut the validation split to so few tokens, and let meta.json tell no sizes."""
+    """Truncate the validation split to n_tokens, and delete the sizes from meta.json."""
     return both(cut('data/tiny/val.bin', 2 * n_tokens), meta(tokens=None))
 
 
 def library_tokenizer(kind, vocabulary, **model):
-    """Give the checkpoint a tokenizer of the tokenizers library."""
+    """Put a tokenizer of the tokenizers library into the checkpoint. kind: its model, such as 'BPE'."""
     description = {
         'version': '1.0',
         'truncation': None,
@@ -175,738 +166,490 @@ GPT2_CONFIG = {
 }
 LOSS = {'iter': 0, 'loss': 3.4, 'time_ms': 1.0}
 
-# name, what prepares it (None: nothing), script, arguments, words in the error line[, environment]
-FRESH = [  # in a folder with the data set data/tiny
+
+class Case(NamedTuple):
+    """A mistake, and what the user is told."""
+
+    name: str
+    words: str  # in the error line
+    script: str
+    arguments: list
+    given: Callable  # prepares the workspace
+    env: dict  # environment variables
+
+
+def cases_of(script, *settings):
+    """A function that makes a Case of this script; these settings come before the case's own arguments."""
+
+    def case(name, words, arguments='', given=lambda folder: None, env=None):
+        """arguments: a list, or a string with blanks between them. For the rest, see Case."""
+        arguments = arguments.split() if isinstance(arguments, str) else arguments
+        return Case(name, words, script, [*settings, *arguments], given, env or {})
+
+    return case
+
+
+train = cases_of('train.py', *TINY)
+resume = cases_of('train.py', *TINY, '--init_from=resume', '--max_iters=12')
+sample = cases_of('sample.py', *SAMPLE)
+evaluate = cases_of('evaluate.py', '--device=cpu')
+bench = cases_of('bench.py', *BENCH)
+decode = cases_of('bench.py', *DECODE)
+text = cases_of('data/text/prepare.py')
+plot = cases_of('tools/plot.py')
+compare = cases_of('tools/compare.py')
+
+FRESH = [  # in a folder with the data set data/tiny, before any training
     # settings
-    (
-        'unknown_key',
-        None,
-        'train.py',
-        [*TINY, '--batchsize=3'],
-        "unknown setting 'batchsize'; the nearest is 'batch_size'",
+    train('unknown_key', "unknown setting 'batchsize'; the nearest is 'batch_size'", '--batchsize=3'),
+    train('float_for_int', 'batch_size must be a whole number', '--batch_size=1.5'),
+    train('word_for_float', 'learning_rate must be a number', '--learning_rate=fast'),
+    train('number_for_bool', 'compile must be True or False', '--compile=0'),
+    train('no_value', '--eval_only=VALUE', '--eval_only'),
+    train('no_dashes', 'settings are written --key=value', 'batch_size=3'),
+    text('number_too_large_for_a_float', 'val_fraction', ['--val_fraction=1' + 400 * '0']),
+    text('two_lines_in_a_setting', 'there is no such file or folder', ['--input=a\nb']),
+    cases_of('data/python_docs_char/prepare.py')(
+        'unknown_key_of_a_script_without_settings', "unknown setting 'mistake'", '--mistake=1'
     ),
-    ('float_for_int', None, 'train.py', [*TINY, '--batch_size=1.5'], 'batch_size must be a whole number'),
-    ('word_for_float', None, 'train.py', [*TINY, '--learning_rate=fast'], 'learning_rate must be a number'),
-    ('number_for_bool', None, 'train.py', [*TINY, '--compile=0'], 'compile must be True or False'),
-    ('no_value', None, 'train.py', [*TINY, '--eval_only'], '--eval_only=VALUE'),
-    ('no_dashes', None, 'train.py', [*TINY, 'batch_size=3'], 'settings are written --key=value'),
-    ('number_too_large_for_a_float', None, PREPARE, ['--val_fraction=1' + 400 * '0'], 'val_fraction'),
-    ('two_lines_in_a_setting', None, PREPARE, ['--input=a\nb'], 'there is no such file or folder'),
-    (
-        'unknown_key_of_a_script_without_settings',
-        None,
-        'data/python_docs_char/prepare.py',
-        ['--mistake=1'],
-        "unknown setting 'mistake'",
-    ),
-    ('config_missing', None, 'tools/plot.py', ['c.py'], 'cannot read the config file c.py'),
-    ('config_is_a_folder', mkdir('c.py'), 'tools/plot.py', ['c.py'], 'cannot read the config file c.py'),
-    ('config_not_text', config(b'\xff\xfe\x00'), 'tools/plot.py', ['c.py'], 'cannot read the config file c.py'),
-    ('config_syntax', config('title = ""\nx = ('), 'tools/plot.py', ['c.py'], 'c.py, line 2: not valid Python'),
-    (
+    plot('config_missing', 'cannot read the config file c.py', 'c.py'),
+    plot('config_is_a_folder', 'cannot read the config file c.py', 'c.py', given=mkdir('c.py')),
+    plot('config_not_text', 'cannot read the config file c.py', 'c.py', given=config(b'\xff\xfe\x00')),
+    plot('config_syntax', 'c.py, line 2: not valid Python', 'c.py', given=config('title = ""\nx = (')),
+    plot(
         'config_unknown_name',
-        config('runz = "out"'),
-        'tools/plot.py',
-        ['c.py'],
         "c.py: unknown setting 'runz'; the nearest is 'runs'",
+        'c.py',
+        given=config('runz = "out"'),
     ),
-    ('config_wrong_type', config('runs = 3'), 'tools/plot.py', ['c.py'], 'runs must be text in quotes, not 3'),
-    (
-        'config_raises',
-        config('import os\ntitle = 1 // 0'),
-        'tools/plot.py',
-        ['c.py'],
-        'c.py, line 2: ZeroDivisionError',
-    ),
-    ('config_exits', config('import sys\nsys.exit("no")'), 'tools/plot.py', ['c.py'], 'c.py, line 2'),
+    plot('config_wrong_type', 'runs must be text in quotes, not 3', 'c.py', given=config('runs = 3')),
+    plot('config_raises', 'c.py, line 2: ZeroDivisionError', 'c.py', given=config('import os\ntitle = 1 // 0')),
+    plot('config_exits', 'c.py, line 2', 'c.py', given=config('import sys\nsys.exit("no")')),
     # values
-    ('n_embd_by_n_head', None, 'train.py', [*TINY, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
-    ('n_layer_0', None, 'train.py', [*TINY, '--n_layer=0'], 'n_layer=0'),
-    ('dropout_1', None, 'train.py', [*TINY, '--dropout=1'], '--dropout=1.0: must be in [0, 1)'),
-    ('learning_rate_negative', None, 'train.py', [*TINY, '--learning_rate=-1e-3'], '--learning_rate=-0.001'),
-    ('learning_rate_infinite', None, 'train.py', [*TINY, '--learning_rate=1e999'], '--learning_rate=inf'),
-    ('batch_size_0', None, 'train.py', [*TINY, '--batch_size=0'], '--batch_size=0: must be at least 1'),
-    ('beta1_1', None, 'train.py', [*TINY, '--beta1=1'], '--beta1=1.0'),
-    (
-        'data_order',
-        None,
-        'train.py',
-        [*TINY, '--data_order=sorted'],
-        "--data_order=sorted: must be 'random' or 'shuffle'",
-    ),
-    ('optimizer', None, 'train.py', [*TINY, '--optimizer=sgd'], "--optimizer=sgd: must be 'adamw' or 'muon'"),
-    ('muon_without_a_rate', None, 'train.py', [*TINY, '--optimizer=muon', '--learning_rate=0'], '--learning_rate=0'),
-    ('muon_momentum', None, 'train.py', [*TINY, '--muon_momentum=1'], '--muon_momentum=1.0: must be in [0, 1)'),
-    ('pos', None, 'train.py', [*TINY, '--pos=sinus'], "pos='sinus': must be one of learned, rope, alibi, none"),
-    ('norm', None, 'train.py', [*TINY, '--norm=batch'], "norm='batch': must be one of"),
-    ('mlp', None, 'train.py', [*TINY, '--mlp=relu'], "mlp='relu': must be one of"),
-    ('rope_odd', None, 'train.py', [*TINY, '--pos=rope', '--n_embd=30'], 'the head size must be even'),
-    ('n_kv_head', None, 'train.py', [*TINY, '--n_kv_head=3'], 'n_kv_head=3: must divide n_head=2'),
-    ('softcap', None, 'train.py', [*TINY, '--logit_softcap=-1'], 'logit_softcap=-1.0'),
-    ('vocab_multiple_0', None, 'train.py', [*TINY, '--vocab_multiple=0'], '--vocab_multiple=0'),
-    ('cooldown_negative', None, 'train.py', [*TINY, '--cooldown_iters=-1'], '--cooldown_iters=-1'),
-    (
+    train('n_embd_by_n_head', 'n_embd=32 is not divisible by n_head=3', '--n_head=3'),
+    train('n_layer_0', 'n_layer=0', '--n_layer=0'),
+    train('dropout_1', '--dropout=1.0: must be in [0, 1)', '--dropout=1'),
+    train('learning_rate_negative', '--learning_rate=-0.001', '--learning_rate=-1e-3'),
+    train('learning_rate_infinite', '--learning_rate=inf', '--learning_rate=1e999'),
+    train('batch_size_0', '--batch_size=0: must be at least 1', '--batch_size=0'),
+    train('beta1_1', '--beta1=1.0', '--beta1=1'),
+    train('data_order', "--data_order=sorted: must be 'random' or 'shuffle'", '--data_order=sorted'),
+    train('optimizer', "--optimizer=sgd: must be 'adamw' or 'muon'", '--optimizer=sgd'),
+    train('muon_without_a_rate', '--learning_rate=0', '--optimizer=muon --learning_rate=0'),
+    train('muon_momentum', '--muon_momentum=1.0: must be in [0, 1)', '--muon_momentum=1'),
+    train('pos', "pos='sinus': must be one of learned, rope, alibi, none", '--pos=sinus'),
+    train('norm', "norm='batch': must be one of", '--norm=batch'),
+    train('mlp', "mlp='relu': must be one of", '--mlp=relu'),
+    train('rope_odd', 'pos=rope needs an even head size', '--pos=rope --n_embd=30'),
+    train('n_kv_head', 'n_kv_head=3: must divide n_head=2', '--n_kv_head=3'),
+    train('softcap', 'logit_softcap=-1.0', '--logit_softcap=-1'),
+    train('vocab_multiple_0', '--vocab_multiple=0', '--vocab_multiple=0'),
+    train('cooldown_negative', '--cooldown_iters=-1', '--cooldown_iters=-1'),
+    train(
         'ramp_no_divisor',
-        None,
-        'train.py',
-        [*TINY, '--batch_ramp_from=3', '--batch_ramp_iters=9'],
         '--batch_ramp_from=3: must divide --gradient_accumulation',
+        '--batch_ramp_from=3 --batch_ramp_iters=9',
     ),
-    (
+    train(
         'ramp_by_ranks',
-        None,
-        'train.py',
-        [*TINY, '--gradient_accumulation_steps=6', '--batch_ramp_from=2', '--batch_ramp_iters=9'],
         '--batch_ramp_from=2 cannot be divided among 3 ranks: use 3',
-        ON_THREE,
+        '--gradient_accumulation_steps=6 --batch_ramp_from=2 --batch_ramp_iters=9',
+        env=ON_THREE,
     ),
-    ('ramp_of_no_length', None, 'train.py', [*TINY, '--batch_ramp_from=1'], '--batch_ramp_from and --batch_ramp_iters'),
-    (
-        'ramp_endless',
-        None,
-        'train.py',
-        [*TINY, '--batch_ramp_from=1', f'--batch_ramp_iters={10**12}'],
-        '--batch_ramp_iters=',
-    ),
-    ('bench_baseline', None, 'bench.py', ['--baseline=recompute'], '--baseline=recompute: must be eager'),
-    (
-        'speedrun_no_config',
-        None,
-        'tools/compare.py',
-        ['--contender=c.py', '--baseline=b.py', '--seeds=1'],
-        'cannot read the config file b.py',
-    ),
-    ('speedrun_no_seeds', None, 'tools/compare.py', ['--seeds=0'], '--seeds=0: must be at least 1'),
-    ('speedrun_output', None, 'tools/compare.py', ['--output=a.jpg'], '--output=a.jpg: must end in .png'),
-    ('speedrun_quotes', None, 'tools/compare.py', ["--baseline=a.py --b='"], 'No closing quotation'),
-    ('device_unknown', None, 'train.py', [*TINY, '--device=gpu'], '--device=gpu'),
+    train('ramp_of_no_length', '--batch_ramp_from and --batch_ramp_iters', '--batch_ramp_from=1'),
+    train('ramp_endless', '--batch_ramp_iters=', f'--batch_ramp_from=1 --batch_ramp_iters={10**12}'),
+    cases_of('bench.py')('bench_baseline', '--baseline=recompute: must be eager', '--baseline=recompute'),
+    compare('speedrun_no_config', 'cannot read the config file b.py', '--contender=c.py --baseline=b.py --seeds=1'),
+    compare('speedrun_no_seeds', '--seeds=0: must be at least 1', '--seeds=0'),
+    compare('speedrun_output', '--output=a.jpg: must end in .png', '--output=a.jpg'),
+    compare('speedrun_quotes', 'No closing quotation', ["--baseline=a.py --b='"]),
+    train('device_unknown', '--device=gpu', '--device=gpu'),
     pytest.param(
-        ('no_cuda', None, 'train.py', [*TINY, '--device=cuda'], 'use --device=auto or --device=cpu'),
+        train('no_cuda', 'use --device=auto or --device=cpu', '--device=cuda'),
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one'),
     ),
-    ('dtype_unknown', None, 'train.py', [*TINY, '--dtype=half'], '--dtype=half: unknown; use auto, float32'),
-    ('float16_on_cpu', None, 'train.py', [*TINY, '--dtype=float16'], '--dtype=float16: needs a CUDA device'),
-    (
-        'accumulation_by_ranks',
-        None,
-        'train.py',
-        TINY,
-        '--gradient_accumulation_steps=2 cannot be divided among 3 ranks: use 3',
-        ON_THREE,
+    train('dtype_unknown', '--dtype=half: unknown; use auto, float32', '--dtype=half'),
+    train('float16_on_cpu', '--dtype=float16: needs a CUDA device', '--dtype=float16'),
+    train(
+        'accumulation_by_ranks', '--gradient_accumulation_steps=2 cannot be divided among 3 ranks: use 3', env=ON_THREE
     ),
-    (
+    train(
         'nccl_on_cpu',
-        None,
-        'train.py',
-        [*TINY, '--gradient_accumulation_steps=3', '--backend=nccl'],
         '--backend=nccl: works between CUDA',
-        ON_THREE,
+        '--gradient_accumulation_steps=3 --backend=nccl',
+        env=ON_THREE,
     ),
-    (
-        'backend_unknown',
-        None,
-        'train.py',
-        [*TINY, '--gradient_accumulation_steps=3', '--backend=mpi'],
-        '--backend=mpi: unknown',
-        ON_THREE,
+    train('backend_unknown', '--backend=mpi: unknown', '--gradient_accumulation_steps=3 --backend=mpi', env=ON_THREE),
+    train('rank_alone', 'start several ranks with torchrun', env={'RANK': '0'}),
+    train('no_ranks', 'WORLD_SIZE', env={**ON_THREE, 'WORLD_SIZE': '0'}),
+    train('nowhere_to_join', 'MASTER_ADDR', '--gradient_accumulation_steps=3', env=ON_THREE),
+    train('model_too_large', 'memory', f'--n_embd={10**12}'),
+    train('batch_too_large', 'memory', f'--batch_size={10**15}'),
+    train(
+        'out_dir_below_a_file', 'cannot write to --out_dir=file/out', '--out_dir=file/out', given=put('file', 'mine')
     ),
-    ('rank_alone', None, 'train.py', TINY, 'start several ranks by torchrun', {'RANK': '0'}),
-    ('no_ranks', None, 'train.py', TINY, 'WORLD_SIZE', {**ON_THREE, 'WORLD_SIZE': '0'}),
-    ('nowhere_to_join', None, 'train.py', [*TINY, '--gradient_accumulation_steps=3'], 'MASTER_ADDR', ON_THREE),
-    ('model_too_large', None, 'train.py', [*TINY, '--n_embd=4000000'], 'memory'),
-    ('batch_too_large', None, 'train.py', [*TINY, f'--batch_size={10**15}'], 'memory'),
-    (
-        'out_dir_below_a_file',
-        put('file', 'mine'),
-        'train.py',
-        [*TINY, '--out_dir=file/out'],
-        'cannot write to --out_dir=file/out',
-    ),
-    ('log_is_a_folder', mkdir('out/metrics.jsonl'), 'train.py', TINY, 'cannot write out/metrics.jsonl'),
+    train('log_is_a_folder', 'cannot write out/metrics.jsonl', given=mkdir('out/metrics.jsonl')),
     # data sets
-    (
-        'no_data_set',
-        None,
-        'train.py',
-        [*TINY, '--dataset=large'],
-        'there is no data set data/large: run python data/large/prepare.py',
+    train('no_data_set', 'there is no data set data/large: run python data/large/prepare.py', '--dataset=large'),
+    train('no_train_bin', 'train.bin is missing: run python data/tiny/prepare.py', given=drop('data/tiny/train.bin')),
+    train('no_val_bin', 'val.bin is missing', given=drop('data/tiny/val.bin')),
+    train(
+        'bin_is_a_folder', 'data/tiny/train.bin', given=both(drop('data/tiny/train.bin'), mkdir('data/tiny/train.bin'))
     ),
-    (
-        'no_train_bin',
-        drop('data/tiny/train.bin'),
-        'train.py',
-        TINY,
-        'train.bin is missing: run python data/tiny/prepare.py',
-    ),
-    ('no_val_bin', drop('data/tiny/val.bin'), 'train.py', TINY, 'val.bin is missing'),
-    (
-        'bin_is_a_folder',
-        both(drop('data/tiny/train.bin'), mkdir('data/tiny/train.bin')),
-        'train.py',
-        TINY,
-        'data/tiny/train.bin',
-    ),
-    ('bin_empty', cut('data/tiny/train.bin', 0), 'train.py', TINY, 'train.bin: it is empty'),
-    ('bin_cut_short', cut('data/tiny/val.bin', 1001), 'train.py', TINY, 'it was cut short'),
-    (
-        'bin_of_another_size',
-        cut('data/tiny/train.bin', 4000),
-        'train.py',
-        TINY,
-        'holds 2000 tokens, meta.json says 4000',
-    ),
-    (
+    train('bin_empty', 'train.bin: it is empty', given=cut('data/tiny/train.bin', 0)),
+    train('bin_cut_short', 'it was cut short', given=cut('data/tiny/val.bin', 1001)),
+    train('bin_of_another_size', 'holds 2000 tokens, meta.json says 4000', given=cut('data/tiny/train.bin', 4000)),
+    train(
         'id_beyond_vocabulary',
-        ids('data/tiny/val.bin', 1, 29),
-        'train.py',
-        TINY,
         'val.bin holds the id 29, the vocabulary ends at 28',
+        given=ids('data/tiny/val.bin', 1, 29),
     ),
-    ('dtype_in_meta', meta(dtype='float64'), 'train.py', TINY, "'dtype' is 'float64', must be uint16 or uint32"),
-    ('wider_dtype_in_meta', meta(dtype='uint32'), 'train.py', TINY, 'holds 2000 tokens, meta.json says 4000'),
-    ('meta_not_json', put(META, '{"tokens": '), 'train.py', TINY, 'meta.json is not a data set description'),
-    ('meta_no_object', put(META, [1, 2]), 'train.py', TINY, 'it holds no JSON object'),
-    ('meta_nested_deep', put(META, 100000 * '['), 'train.py', TINY, 'meta.json is not a data set description'),
-    (
-        'tokenizer_unknown',
-        meta(tokenizer={'kind': 'words'}),
-        'train.py',
-        TINY,
-        'data/tiny/meta: unknown kind of tokenizer',
+    train('dtype_in_meta', "'dtype' is 'float64', must be uint16 or uint32", given=meta(dtype='float64')),
+    train('wider_dtype_in_meta', 'holds 2000 tokens, meta.json says 4000', given=meta(dtype='uint32')),
+    train('meta_not_json', 'meta.json is not a data set description', given=put(META, '{"tokens": ')),
+    train('meta_no_object', 'it holds no JSON object', given=put(META, [1, 2])),
+    train('meta_nested_deep', 'meta.json is not a data set description', given=put(META, 100000 * '[')),
+    train('tokenizer_unknown', 'data/tiny/meta: unknown kind of tokenizer', given=meta(tokenizer={'kind': 'words'})),
+    train(
+        'tokenizer_repeats', 'a text without repeated characters', given=meta(tokenizer={'kind': 'char', 'chars': 'aa'})
     ),
-    (
-        'tokenizer_repeats',
-        meta(tokenizer={'kind': 'char', 'chars': 'aa'}),
-        'train.py',
-        TINY,
-        'no character stands twice',
-    ),
-    ('meta_pkl_with_code', meta_pkl(Code()), 'train.py', TINY, 'meta.pkl is not a nanoGPT meta.pkl: it asks to import'),
-    ('meta_pkl_corrupt', meta_pkl(b'\x80\x04\x95\xff'), 'train.py', TINY, 'meta.pkl is not a nanoGPT meta.pkl'),
-    (
+    train('meta_pkl_with_code', 'meta.pkl is not a nanoGPT meta.pkl: it asks to import', given=meta_pkl(Code())),
+    train('meta_pkl_corrupt', 'meta.pkl is not a nanoGPT meta.pkl', given=meta_pkl(b'\x80\x04\x95\xff')),
+    train(
         'meta_pkl_without_vocab_size',
-        meta_pkl({'itos': dict(enumerate(CHARS))}),
-        'train.py',
-        TINY,
         "data/tiny/meta: it has no 'vocab_size'",
+        given=meta_pkl({'itos': dict(enumerate(CHARS))}),
     ),
-    (
-        'meta_pkl_mixed_keys',
-        meta_pkl({'vocab_size': 2, 'itos': {0: 'a', 'b': 'c'}}),
-        'train.py',
-        TINY,
-        "its 'itos' does not map",
+    train(
+        'meta_pkl_mixed_keys', "its 'itos' does not map", given=meta_pkl({'vocab_size': 2, 'itos': {0: 'a', 'b': 'c'}})
     ),
-    ('meta_pkl_huge', meta_pkl({'vocab_size': 10**15}), 'train.py', TINY, 'memory'),
-    ('block_beyond_train', None, 'train.py', [*TINY, '--block_size=4000'], 'train.bin holds 4000 tokens, too few'),
-    ('block_beyond_val', None, 'train.py', [*TINY, '--block_size=1000'], 'val.bin holds 1000 tokens, too few'),
-    ('block_huge', None, 'train.py', [*TINY, f'--block_size={10**14}'], 'block_size'),
+    train('meta_pkl_huge', 'memory', given=meta_pkl({'vocab_size': 10**15})),
+    train('block_beyond_train', 'train.bin holds 4000 tokens, too few', '--block_size=4000'),
+    train('block_beyond_val', 'val.bin holds 1000 tokens, too few', '--block_size=1000'),
+    train('block_huge', 'block_size', f'--block_size={10**14}'),
     # pretrained weights
-    ('init_from_unknown', None, 'train.py', [*TINY, '--init_from=gpt5'], '--init_from=gpt5: must be resume, gpt2'),
-    (
+    train('init_from_unknown', '--init_from=gpt5: must be resume, gpt2', '--init_from=gpt5'),
+    train(
         'init_from_empty_folder',
-        mkdir('hf'),
-        'train.py',
-        [*TINY, '--init_from=hf'],
         'cannot load the pretrained model hf (check the files',
+        '--init_from=hf',
+        given=mkdir('hf'),
     ),
-    (
+    train(
         'init_from_bert',
-        put('hf/config.json', {'model_type': 'bert'}),
-        'train.py',
-        [*TINY, '--init_from=hf'],
         'only GPT-2 can be imported',
+        '--init_from=hf',
+        given=put('hf/config.json', {'model_type': 'bert'}),
     ),
-    (
-        'init_from_no_weights',
-        put('hf/config.json', GPT2_CONFIG),
-        'train.py',
-        [*TINY, '--init_from=hf'],
-        'cannot load the pretrained',
+    train(
+        'init_from_no_weights', 'cannot load the pretrained', '--init_from=hf', given=put('hf/config.json', GPT2_CONFIG)
     ),
-    (
+    train(
         'init_from_code_in_weights',
-        both(put('hf/config.json', GPT2_CONFIG), lambda f: torch.save(Code(), f / 'hf/pytorch_model.bin')),
-        'train.py',
-        [*TINY, '--init_from=hf'],
         'cannot load the pretrained model hf',
+        '--init_from=hf',
+        given=both(put('hf/config.json', GPT2_CONFIG), lambda f: torch.save(Code(), f / 'hf/pytorch_model.bin')),
     ),
     # before there is a run
-    ('resume_nothing', None, 'train.py', RESUME, 'there is no out/ckpt.pt: train first'),
-    ('sample_nothing', None, 'sample.py', SAMPLE, 'there is no out/ckpt.pt: train first'),
-    ('plot_nothing', None, 'tools/plot.py', [], 'cannot read out/metrics.jsonl, train first or check --runs'),
-    ('plot_no_metrics', put('out/metrics.jsonl', 'nothing yet\n'), 'tools/plot.py', [], 'holds no losses yet'),
-    ('plot_no_folder', None, 'tools/plot.py', ['--runs='], '--runs='),
-    ('plot_axis', None, 'tools/plot.py', ['--x=epochs'], "--x=epochs: must be 'iter' or 'seconds'"),
-    (
-        'plot_format',
-        put('out/metrics.jsonl', LOSS),
-        'tools/plot.py',
-        ['--output=out/metrics.jsonl'],
-        'must end in .png',
-    ),
-    (
+    resume('resume_nothing', 'there is no out/ckpt.pt: train first'),
+    sample('sample_nothing', 'there is no out/ckpt.pt: train first'),
+    plot('plot_nothing', 'cannot read out/metrics.jsonl, train first or check --runs'),
+    plot('plot_no_metrics', 'holds no losses yet', given=put('out/metrics.jsonl', 'nothing yet\n')),
+    plot('plot_no_folder', '--runs=', '--runs='),
+    plot('plot_axis', "--x=epochs: must be 'iter' or 'seconds'", '--x=epochs'),
+    plot('plot_format', 'must end in .png', '--output=out/metrics.jsonl', given=put('out/metrics.jsonl', LOSS)),
+    plot(
         'plot_output_below_a_file',
-        put('out/metrics.jsonl', LOSS),
-        'tools/plot.py',
-        ['--output=out/metrics.jsonl/x.png'],
         'cannot write',
+        '--output=out/metrics.jsonl/x.png',
+        given=put('out/metrics.jsonl', LOSS),
     ),
-    (
-        'plot_loss_is_text',
-        put('out/metrics.jsonl', {'iter': 0, 'loss': {'a': 1}}),
-        'tools/plot.py',
-        [],
-        'out/metrics.jsonl',
-    ),
-    (
-        'plot_half_an_evaluation',
-        put('out/metrics.jsonl', {'iter': 0, 'val/loss': 3.4}),
-        'tools/plot.py',
-        [],
-        'out/metrics.jsonl',
-    ),
-    (
-        'plot_no_times',
-        put('out/metrics.jsonl', {'iter': 0, 'loss': 3.4}),
-        'tools/plot.py',
-        ['--x=seconds'],
-        'out/metrics.jsonl',
-    ),
-    ('bench_shape', None, 'bench.py', [*BENCH, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
-    (
-        'bench_vocabulary',
-        None,
-        'bench.py',
-        [*BENCH, '--vocab_size=10'],
-        'train.bin holds the id 28, the vocabulary ends at 9',
-    ),
-    ('bench_block', None, 'bench.py', [*BENCH, '--block_size=4000'], 'train.bin holds 4000 tokens, too few'),
-    ('bench_memory', None, 'bench.py', [*BENCH, f'--block_size={10**13}'], 'memory'),
-    (
-        'bench_trace',
-        None,
-        'bench.py',
-        [*BENCH, '--profile=True', '--trace_file=no/t.json'],
-        'cannot write --trace_file=no/t.json',
-    ),
-    ('bench_mode', None, 'bench.py', [*DECODE, '--mode=Decode'], '--mode=Decode: must be train or decode'),
-    (
-        'decode_baseline',
-        None,
-        'bench.py',
-        [*DECODE, '--baseline=hf'],
-        '--baseline=hf: must be transformers or recompute',
-    ),
-    ('decode_quantize', None, 'bench.py', [*DECODE, '--quantize=int4'], '--quantize=int4: unknown; use int8'),
-    ('decode_rounds_0', None, 'bench.py', [*DECODE, '--rounds=0'], '--rounds=0: must be at least 1'),
-    ('decode_no_prompt', None, 'bench.py', [*DECODE, '--prompt_tokens=0'], '--prompt_tokens=0: must be from 1'),
-    (
-        'decode_nothing_after_the_first',
-        None,
-        'bench.py',
-        [*DECODE, '--max_new_tokens=1'],
-        '--max_new_tokens=1: must be from 2',
-    ),
-    ('decode_shape', None, 'bench.py', [*DECODE, '--n_head=3'], 'n_embd=32 is not divisible by n_head=3'),
-    ('decode_prompt_beyond_memory', None, 'bench.py', [*DECODE, f'--prompt_tokens={10**15}'], '--prompt_tokens'),
-    ('decode_beyond_int64', None, 'bench.py', [*DECODE, f'--max_new_tokens={10**30}'], '--max_new_tokens'),
-    ('decode_vocabulary_beyond_int64', None, 'bench.py', [*DECODE, f'--vocab_size={10**30}'], 'vocab_size'),
-    ('decode_many_at_once', None, 'bench.py', [*DECODE, '--num_samples=65537'], '--num_samples=65537'),
-    (
-        'decode_beyond_block_of_baseline',
-        None,
-        'bench.py',
-        [*DECODE, '--prompt_tokens=14', '--baseline=transformers'],
-        '--baseline=transformers',
-    ),
-    ('train_quantized', None, 'bench.py', [*BENCH, '--quantize=int8'], '--quantize=int8'),
-    ('train_with_baseline', None, 'bench.py', [*BENCH, '--baseline=recompute'], '--baseline=recompute'),
-    ('decode_profile', None, 'bench.py', [*DECODE, '--profile=True'], '--profile=True'),
-    ('evaluate_nothing', None, 'evaluate.py', ['--device=cpu'], 'there is no out/ckpt.pt: train first'),
-    (
-        'evaluate_before_training',
-        None,
-        'evaluate.py',
-        ['--device=cpu', '--dataset=tiny', '--init_from=scratch'],
-        '--init_from=scratch: must be resume',
-    ),
+    plot('plot_loss_is_text', 'out/metrics.jsonl', given=put('out/metrics.jsonl', {'iter': 0, 'loss': {'a': 1}})),
+    plot('plot_half_an_evaluation', 'out/metrics.jsonl', given=put('out/metrics.jsonl', {'iter': 0, 'val/loss': 3.4})),
+    plot('plot_no_times', 'out/metrics.jsonl', '--x=seconds', given=put('out/metrics.jsonl', {'iter': 0, 'loss': 3.4})),
+    bench('bench_shape', 'n_embd=32 is not divisible by n_head=3', '--n_head=3'),
+    bench('bench_vocabulary', 'train.bin holds the id 28, the vocabulary ends at 9', '--vocab_size=10'),
+    bench('bench_block', 'train.bin holds 4000 tokens, too few', '--block_size=4000'),
+    bench('bench_memory', 'memory', f'--block_size={10**13}'),
+    bench('bench_trace', 'cannot write --trace_file=no/t.json', '--profile=True --trace_file=no/t.json'),
+    decode('bench_mode', '--mode=Decode: must be train or decode', '--mode=Decode'),
+    decode('decode_baseline', '--baseline=hf: must be transformers or recompute', '--baseline=hf'),
+    decode('decode_quantize', '--quantize=int4: unknown; use int8', '--quantize=int4'),
+    decode('decode_rounds_0', '--rounds=0: must be at least 1', '--rounds=0'),
+    decode('decode_no_prompt', '--prompt_tokens=0: must be from 1', '--prompt_tokens=0'),
+    decode('decode_nothing_after_the_first', '--max_new_tokens=1: must be from 2', '--max_new_tokens=1'),
+    decode('decode_shape', 'n_embd=32 is not divisible by n_head=3', '--n_head=3'),
+    decode('decode_prompt_beyond_memory', '--prompt_tokens', f'--prompt_tokens={10**15}'),
+    decode('decode_beyond_int64', '--max_new_tokens', f'--max_new_tokens={10**30}'),
+    decode('decode_vocabulary_beyond_int64', 'vocab_size', f'--vocab_size={10**30}'),
+    decode('decode_many_at_once', '--num_samples=65537', '--num_samples=65537'),
+    decode('decode_beyond_block_of_baseline', '--baseline=transformers', '--prompt_tokens=14 --baseline=transformers'),
+    bench('train_quantized', '--quantize=int8', '--quantize=int8'),
+    bench('train_with_baseline', '--baseline=recompute', '--baseline=recompute'),
+    decode('decode_profile', '--profile=True', '--profile=True'),
+    evaluate('evaluate_nothing', 'there is no out/ckpt.pt: train first'),
+    evaluate('evaluate_before_training', '--init_from=scratch: must be resume', '--dataset=tiny --init_from=scratch'),
     # texts
-    ('text_missing', None, PREPARE, ['--input=mistake.txt'], '--input=mistake.txt: there is no such file or folder'),
-    ('text_none', None, PREPARE, [], 'which text? give --input=FILE_OR_FOLDER'),
-    (
+    text('text_missing', '--input=mistake.txt: there is no such file or folder', '--input=mistake.txt'),
+    text('text_none', 'which text? give --input=FILE_OR_FOLDER'),
+    text(
         'text_binary',
-        put('mistake.txt', bytes(range(256))),
-        PREPARE,
-        ['--input=mistake.txt'],
         'is not UTF-8 text (byte 128)',
+        '--input=mistake.txt',
+        given=put('mistake.txt', bytes(range(256))),
     ),
-    ('text_zeros', put('mistake.txt', 1000 * b'\0\1'), PREPARE, ['--input=mistake.txt'], 'mistake.txt'),
-    ('text_empty', put('mistake.txt', ''), PREPARE, ['--input=mistake.txt'], 'there is no text in mistake.txt'),
-    ('text_one_character', put('mistake.txt', 'a'), PREPARE, ['--input=mistake.txt'], 'too few to split'),
-    (
+    text('text_zeros', 'mistake.txt', '--input=mistake.txt', given=put('mistake.txt', 1000 * b'\0\1')),
+    text('text_empty', 'there is no text in mistake.txt', '--input=mistake.txt', given=put('mistake.txt', '')),
+    text('text_one_character', 'too few to split', '--input=mistake.txt', given=put('mistake.txt', 'a')),
+    text(
         'text_folder_without',
-        put('mistake/image.png', b'\x89PNG\xff'),
-        PREPARE,
-        ['--input=mistake'],
         'there is no text in mistake',
+        '--input=mistake',
+        given=put('mistake/image.png', b'\x89PNG\xff'),
     ),
-    (
+    text(
         'text_val_fraction',
-        put('mistake.txt', 'abc' * 99),
-        PREPARE,
-        ['--input=mistake.txt', '--val_fraction=1'],
         '--val_fraction=1.0',
+        '--input=mistake.txt --val_fraction=1',
+        given=put('mistake.txt', 'abc' * 99),
     ),
-    (
+    text(
         'text_tokenizer',
-        put('mistake.txt', 'abc' * 99),
-        PREPARE,
-        ['--input=mistake.txt', '--tokenizer=word'],
         '--tokenizer=word: must be',
+        '--input=mistake.txt --tokenizer=word',
+        given=put('mistake.txt', 'abc' * 99),
     ),
-    (
+    text(
         'text_name',
-        put('mistake.txt', 'abc' * 99),
-        PREPARE,
-        ['--input=mistake.txt', '--name=../mistake'],
         "--name='../mistake': must be",
+        '--input=mistake.txt --name=../mistake',
+        given=put('mistake.txt', 'abc' * 99),
     ),
-    (
+    text(
         'text_no_json',
-        put('mistake.jsonl', '{"text": "abc"}\n{"text": \n'),
-        PREPARE,
-        ['--input=mistake.jsonl'],
-        'mistake.jsonl, byte 16: this is no line of JSON',
+        'mistake.jsonl, byte 16: this is not a line of JSON',
+        '--input=mistake.jsonl',
+        given=put('mistake.jsonl', '{"text": "abc"}\n{"text": \n'),
     ),
-    (
+    text(
         'text_json_list',
-        put('mistake.jsonl', '["abc"]\n'),
-        PREPARE,
-        ['--input=mistake.jsonl', '--tokenizer=byte'],
-        'no JSON object with',
+        'not a JSON object with',
+        '--input=mistake.jsonl --tokenizer=byte',
+        given=put('mistake.jsonl', '["abc"]\n'),
     ),
-    (
+    text(
         'text_json_without',
-        put('mistake.jsonl', '{"content": "abc"}\n'),
-        PREPARE,
-        ['--input=mistake.jsonl', '--tokenizer=byte'],
-        "mistake.jsonl, byte 0: no JSON object with a text 'text'; --text_key= names another field",
+        "mistake.jsonl, byte 0: not a JSON object with a text 'text'; --text_key= names another field",
+        '--input=mistake.jsonl --tokenizer=byte',
+        given=put('mistake.jsonl', '{"content": "abc"}\n'),
     ),
-    (
+    text(
         'text_gz_is_none',
-        put('mistake.jsonl.gz', b'no gzip'),
-        PREPARE,
-        ['--input=mistake.jsonl.gz'],
         'cannot read mistake.jsonl.gz',
+        '--input=mistake.jsonl.gz',
+        given=put('mistake.jsonl.gz', b'no gzip'),
     ),
-    (
+    text(
         'text_gz_cut_short',
-        put('mistake.jsonl.gz', gzip.compress(b'{"text": "abc"}\n' * 99)[:-9]),
-        PREPARE,
-        ['--input=mistake.jsonl.gz'],
         'cannot read mistake.jsonl.gz',
+        '--input=mistake.jsonl.gz',
+        given=put('mistake.jsonl.gz', gzip.compress(b'{"text": "abc"}\n' * 99)[:-9]),
     ),
-    (
+    text(
         'text_zst_is_none',
-        put('mistake.jsonl.zst', b'no zstandard'),
-        PREPARE,
-        ['--input=mistake.jsonl.zst'],
         'mistake.jsonl.zst',
+        '--input=mistake.jsonl.zst',
+        given=put('mistake.jsonl.zst', b'no zstandard'),
     ),
-    (
-        'text_parquet_is_none',
-        put('mistake.parquet', b'no table'),
-        PREPARE,
-        ['--input=mistake.parquet'],
-        'mistake.parquet',
+    text(
+        'text_parquet_is_none', 'mistake.parquet', '--input=mistake.parquet', given=put('mistake.parquet', b'no table')
     ),
-    ('text_bare_argument', None, PREPARE, ['novel.txt'], '--input=novel.txt: there is no such file or folder'),
-    ('text_pipe', None, PREPARE, ['--input=/dev/null'], '/dev/null is neither a file nor a folder'),
-    (
+    text('text_bare_argument', '--input=novel.txt: there is no such file or folder', 'novel.txt'),
+    text('text_pipe', '/dev/null is neither a file nor a folder', '--input=/dev/null'),
+    text(
         'text_blank_lines',
-        put('mistake.jsonl', '\n\n'),
-        PREPARE,
-        ['--input=mistake.jsonl', '--tokenizer=byte'],
         'there is no text in the input',
+        '--input=mistake.jsonl --tokenizer=byte',
+        given=put('mistake.jsonl', '\n\n'),
     ),
-    (
+    text(
         'text_not_utf8_json',
-        put('mistake.jsonl', b'\xff\xfe\n'),
-        PREPARE,
-        ['--input=mistake.jsonl'],
-        'byte 0: this is no line of JSON',
+        'byte 0: this is not a line of JSON',
+        '--input=mistake.jsonl',
+        given=put('mistake.jsonl', b'\xff\xfe\n'),
     ),
-    (
+    train(
         'unfinished_preparation',
-        lambda f: ((f / 'data/tiny/train.bin').unlink(), (f / 'data/tiny/preparing').mkdir()),
-        'train.py',
-        TINY,
         'train.bin is missing: its preparation is not finished',
+        given=lambda f: ((f / 'data/tiny/train.bin').unlink(), (f / 'data/tiny/preparing').mkdir()),
     ),
-    (
+    text(
         'text_one_document',
-        put('mistake.jsonl', '{"text": "abc"}\n'),
-        PREPARE,
-        ['--input=mistake.jsonl'],
         'fewer than two different documents',
+        '--input=mistake.jsonl',
+        given=put('mistake.jsonl', '{"text": "abc"}\n'),
     ),
-    (
-        'tokenizer_bpe_without',
-        meta(tokenizer={'kind': 'bpe', 'json': '{}'}),
-        'train.py',
-        TINY,
-        'not the tokenizer.json of a',
-    ),
-    (
+    train('tokenizer_bpe_without', 'not the tokenizer.json of a', given=meta(tokenizer={'kind': 'bpe', 'json': '{}'})),
+    text(
         'text_vocab_size',
-        put('mistake.txt', 'abc' * 99),
-        PREPARE,
-        ['--input=mistake.txt', '--tokenizer=bpe', '--vocab_size=256'],
         '--vocab_size=256: must be from 257',
+        '--input=mistake.txt --tokenizer=bpe --vocab_size=256',
+        given=put('mistake.txt', 'abc' * 99),
     ),
-    (
+    text(
         'text_vocab_too_large',
-        put('mistake.txt', 'abc' * 99),
-        PREPARE,
-        ['--input=mistake.txt', '--tokenizer=bpe'],
         'the text is enough for',
+        '--input=mistake.txt --tokenizer=bpe',
+        given=put('mistake.txt', 'abc' * 99),
     ),
-    (
+    text(
         'text_workers',
-        put('mistake.txt', 'abc' * 99),
-        PREPARE,
-        ['--input=mistake.txt', '--workers=-1'],
         '--workers=-1: must be 0 or more',
+        '--input=mistake.txt --workers=-1',
+        given=put('mistake.txt', 'abc' * 99),
     ),
-    (
-        'align_without_ends',
-        None,
-        'train.py',
-        [*TINY, '--align_documents=True'],
-        'data/tiny has no token that ends a document',
+    train('align_without_ends', 'data/tiny has no token that ends a document', '--align_documents=True'),
+    cases_of('data/shakespeare_char/prepare.py')(
+        'text_of_shakespeare', 'cannot read mistake.txt', '--input=mistake.txt'
     ),
-    (
-        'text_of_shakespeare',
-        None,
-        'data/shakespeare_char/prepare.py',
-        ['--input=mistake.txt'],
-        'cannot read mistake.txt',
-    ),
-    # what is not what it was taken for
-    (
+    # files of another kind than expected
+    text(
         'text_html',
-        put('mistake.html', '<p>abc'),
-        PREPARE,
-        ['--input=mistake.html'],
         'mistake.html: .html files are not read, make it',
+        '--input=mistake.html',
+        given=put('mistake.html', '<p>abc'),
     ),
-    (
+    text(
         'text_json_object',
-        put('mistake.json', '{\n"name": "abc"\n}'),
-        PREPARE,
-        ['--input=mistake.json'],
         'mistake.json is neither an array',
+        '--input=mistake.json',
+        given=put('mistake.json', '{\n"name": "abc"\n}'),
     ),
-    (
+    text(
         'text_json_array',
-        put('mistake.json', '["abc", "def"'),
-        PREPARE,
-        ['--input=mistake.json'],
-        'mistake.json is no array of JSON: after',
+        'mistake.json is not a JSON array: after',
+        '--input=mistake.json',
+        given=put('mistake.json', '["abc", "def"'),
     ),
-    (
+    text(
         'text_csv_column',
-        put('mistake.csv', 'n,content\n1,abc\n'),
-        PREPARE,
-        ['--input=mistake.csv'],
         "must name one column 'text'",
+        '--input=mistake.csv',
+        given=put('mistake.csv', 'n,content\n1,abc\n'),
     ),
-    (
+    text(
         'text_csv_fields',
-        put('mistake.csv', 'n,text\n1,a, b\n'),
-        PREPARE,
-        ['--input=mistake.csv'],
         'mistake.csv, line 2: 3 fields',
+        '--input=mistake.csv',
+        given=put('mistake.csv', 'n,text\n1,a, b\n'),
     ),
-    (
+    text(
         'text_link',
-        lambda f: ((f / 'mistake').mkdir(), (f / 'mistake/a.txt').symlink_to('gone')),
-        PREPARE,
-        ['--input=mistake'],
-        'mistake/a.txt is a link to something that is not there',
+        'mistake/a.txt is a broken link',
+        '--input=mistake',
+        given=lambda f: ((f / 'mistake').mkdir(), (f / 'mistake/a.txt').symlink_to('gone')),
     ),
-    (
+    text(
         'text_tokenizer_folder',
-        both(mkdir('hf'), put('mistake.txt', 'abc' * 99)),
-        PREPARE,
-        ['--input=mistake.txt', '--tokenizer=hf'],
         '--tokenizer=hf: there is no tokenizer.json in it',
+        '--input=mistake.txt --tokenizer=hf',
+        given=both(mkdir('hf'), put('mistake.txt', 'abc' * 99)),
     ),
-    (
+    text(
         'text_tokenizer_broken',
-        both(put('hf/tokenizer.json', '{"model":'), put('mistake.txt', 'abc' * 99)),
-        PREPARE,
-        ['--input=mistake.txt', '--tokenizer=hf'],
         'cannot read hf/tokenizer.json: not a tokenizer.json',
+        '--input=mistake.txt --tokenizer=hf',
+        given=both(put('hf/tokenizer.json', '{"model":'), put('mistake.txt', 'abc' * 99)),
     ),
-    (
+    train(
         'meta_vocab_size',
-        meta(vocab_size=-29),
-        'train.py',
-        TINY,
         "meta.json is not a data set description (prepare the data again): 'vocab",
+        given=meta(vocab_size=-29),
     ),
-    (
-        'meta_tokens',
-        meta(tokens={'train': '4000'}),
-        'train.py',
-        TINY,
-        "'tokens' must be a whole number for train and one for val",
+    train(
+        'meta_tokens', "'tokens' must be a whole number for train and one for val", given=meta(tokens={'train': '4000'})
     ),
-    (
+    train(
         'meta_pkl_two_ways',
-        meta_pkl({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}}),
-        'train.py',
-        TINY,
         'contradict',
+        given=meta_pkl({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 1, 'b': 0}}),
     ),
-    (
+    train(
         'bin_wider',
-        both(meta(tokens=None), put('data/tiny/train.bin', b'\1\0\0\0' * 500)),
-        'train.py',
-        TINY,
         'data/tiny/train.bin: every second id is 0',
+        given=both(meta(tokens=None), put('data/tiny/train.bin', b'\1\0\0\0' * 500)),
     ),
 ]
-TRAINED = [  # the same, and a run of 8 updates in out/
-    # checkpoints that are none
-    (
+TRAINED = [  # with a run of 8 iterations in out/, too
+    # files that are not checkpoints
+    resume(
         'resume_random_bytes',
-        put('out/ckpt.pt', bytes(range(256)) * 99),
-        'train.py',
-        RESUME,
         'out/ckpt.pt cannot be read as a checkpoint',
+        given=put('out/ckpt.pt', bytes(range(256)) * 99),
     ),
-    ('resume_cut_short', cut('out/ckpt.pt', 20000), 'train.py', RESUME, 'out/ckpt.pt cannot be read as a checkpoint'),
-    ('sample_cut_short', cut('out/ckpt.pt', 20000), 'sample.py', SAMPLE, 'out/ckpt.pt cannot be read as a checkpoint'),
-    (
-        'resume_other_dict',
-        put('out/ckpt.pt', {'epoch': 3}),
-        'train.py',
-        RESUME,
-        "of SAMgpt or nanoGPT: it has no 'model'",
+    resume('resume_cut_short', 'out/ckpt.pt cannot be read as a checkpoint', given=cut('out/ckpt.pt', 20000)),
+    sample('sample_cut_short', 'out/ckpt.pt cannot be read as a checkpoint', given=cut('out/ckpt.pt', 20000)),
+    resume('resume_other_dict', "of SAMgpt or nanoGPT: it has no 'model'", given=put('out/ckpt.pt', {'epoch': 3})),
+    resume('resume_list', 'is not a checkpoint of SAMgpt or nanoGPT', given=put('out/ckpt.pt', [1, 2])),
+    sample('sample_tensor', 'is not a checkpoint of SAMgpt or nanoGPT', given=put('out/ckpt.pt', torch.ones(3))),
+    resume(
+        'resume_code', 'out/ckpt.pt cannot be read as a checkpoint: it holds code', given=put('out/ckpt.pt', Code())
     ),
-    ('resume_list', put('out/ckpt.pt', [1, 2]), 'train.py', RESUME, 'is not a checkpoint of SAMgpt or nanoGPT'),
-    (
-        'sample_tensor',
-        put('out/ckpt.pt', torch.ones(3)),
-        'sample.py',
-        SAMPLE,
-        'is not a checkpoint of SAMgpt or nanoGPT',
+    sample(
+        'sample_code', 'out/ckpt.pt cannot be read as a checkpoint: it holds code', given=put('out/ckpt.pt', Code())
     ),
-    (
-        'resume_code',
-        put('out/ckpt.pt', Code()),
-        'train.py',
-        RESUME,
-        'out/ckpt.pt cannot be read as a checkpoint: it holds code',
-    ),
-    (
-        'sample_code',
-        put('out/ckpt.pt', Code()),
-        'sample.py',
-        SAMPLE,
-        'out/ckpt.pt cannot be read as a checkpoint: it holds code',
-    ),
-    (
+    resume(
         'resume_bare_pickle',
-        put('out/ckpt.pt', pickle.dumps(Code())),
-        'train.py',
-        RESUME,
         'out/ckpt.pt cannot be read as a checkpoint',
+        given=put('out/ckpt.pt', pickle.dumps(Code())),
     ),
-    (
+    sample(
         'code_in_old_format',
-        lambda f: torch.save({'model': Code()}, f / 'out/ckpt.pt', _use_new_zipfile_serialization=False),
-        'sample.py',
-        SAMPLE,
         'out/ckpt.pt cannot be read as a checkpoint: it holds code',
+        given=lambda f: torch.save({'model': Code()}, f / 'out/ckpt.pt', _use_new_zipfile_serialization=False),
     ),
     # checkpoints that contradict the settings or themselves
-    (
-        'resume_other_shape',
-        None,
-        'train.py',
-        [*RESUME, '--n_layer=3'],
-        '--n_layer=3: the run in out/ckpt.pt has n_layer=2',
-    ),
-    (
+    resume('resume_other_shape', '--n_layer=3: the run in out/ckpt.pt has n_layer=2', '--n_layer=3'),
+    cases_of('train.py')(
         'weights_of_other_width',
-        forge(lambda s: s['model_args'].update(n_embd=64)),
-        'train.py',
-        [a for a in RESUME if 'n_embd' not in a],
         'out/ckpt.pt: the weights do not fit the model_args',
+        [*(a for a in TINY if 'n_embd' not in a), '--init_from=resume', '--max_iters=12'],
+        given=forge(lambda s: s['model_args'].update(n_embd=64)),
     ),
-    (
-        'weights_missing',
-        forge(lambda s: s['model'].pop('transformer.ln_f.weight')),
-        'sample.py',
-        SAMPLE,
-        'the weights do not fit',
+    sample(
+        'weights_missing', 'the weights do not fit', given=forge(lambda s: s['model'].pop('transformer.ln_f.weight'))
     ),
-    (
-        'weights_are_text',
-        forge(lambda s: s['model'].update({'transformer.ln_f.weight': 'x'})),
-        'sample.py',
-        SAMPLE,
-        'not tensors',
+    sample(
+        'weights_are_text', 'not tensors', given=forge(lambda s: s['model'].update({'transformer.ln_f.weight': 'x'}))
     ),
-    (
-        'weights_without_names',
-        forge(lambda s: s['model'].update({1: torch.ones(2)})),
-        'sample.py',
-        SAMPLE,
-        'out/ckpt.pt',
-    ),
-    (
+    sample('weights_without_names', 'out/ckpt.pt', given=forge(lambda s: s['model'].update({1: torch.ones(2)}))),
+    sample(
         'weights_not_finite',
-        forge(lambda s: s['model']['transformer.ln_f.weight'].fill_(float('nan'))),
-        'sample.py',
-        SAMPLE,
         'out/ckpt.pt',
+        given=forge(lambda s: s['model']['transformer.ln_f.weight'].fill_(float('nan'))),
     ),
-    (
+    sample(
         'forged_n_layer',
-        forge(lambda s: s['model_args'].update(n_layer=10**9)),
-        'sample.py',
-        SAMPLE,
         'n_layer=1000000000, but there are',
+        given=forge(lambda s: s['model_args'].update(n_layer=10**9)),
     ),
-    (
-        'forged_vocab_size',
-        forge(lambda s: s['model_args'].update(vocab_size=10**14)),
-        'sample.py',
-        SAMPLE,
-        'the weights do not fit',
+    sample(
+        'forged_vocab_size', 'the weights do not fit', given=forge(lambda s: s['model_args'].update(vocab_size=10**14))
     ),
-    (
+    sample(
         'forged_vocab_size_beyond_int64',
-        forge(lambda s: s['model_args'].update(vocab_size=10**30)),
-        'sample.py',
-        SAMPLE,
         'out/ckpt.pt',
+        given=forge(lambda s: s['model_args'].update(vocab_size=10**30)),
     ),
-    (
+    sample(
         'forged_field',
-        forge(lambda s: s['model_args'].update(n_expert=8)),
-        'sample.py',
-        SAMPLE,
         'the weights do not fit the model_args',
+        given=forge(lambda s: s['model_args'].update(n_expert=8)),
     ),
-    (
+    sample(
         'forged_expanded_weights',
-        forge(
+        'out/ckpt.pt',
+        given=forge(
             lambda s: (
                 s['model_args'].update(block_size=10**13),
                 s['model'].update(
@@ -914,427 +657,203 @@ TRAINED = [  # the same, and a run of 8 updates in out/
                 ),
             )
         ),
-        'sample.py',
-        SAMPLE,
-        'out/ckpt.pt',
     ),
-    ('forged_iter_num', forge(lambda s: s.update(iter_num=-3)), 'train.py', RESUME, 'out/ckpt.pt'),
-    ('forged_best_val_loss', forge(lambda s: s.update(best_val_loss=None)), 'train.py', RESUME, 'out/ckpt.pt'),
-    (
-        'forged_best_iter',
-        forge(lambda s: s.update(best_iter='x')),
-        'train.py',
-        [*RESUME, '--patience=1'],
-        'out/ckpt.pt',
-    ),
-    ('forged_evaluated_at', forge(lambda s: s.update(evaluated_at='x')), 'train.py', RESUME, 'out/ckpt.pt'),
-    (
+    resume('forged_iter_num', 'out/ckpt.pt', given=forge(lambda s: s.update(iter_num=-3))),
+    resume('forged_best_val_loss', 'out/ckpt.pt', given=forge(lambda s: s.update(best_val_loss=None))),
+    resume('forged_best_iter', 'out/ckpt.pt', '--patience=1', given=forge(lambda s: s.update(best_iter='x'))),
+    resume('forged_evaluated_at', 'out/ckpt.pt', given=forge(lambda s: s.update(evaluated_at='x'))),
+    sample(
         'forged_tokenizer',
-        forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': ''})),
-        'sample.py',
-        SAMPLE,
         'out/ckpt.pt is not a sound checkpoint: a char',
+        given=forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': ''})),
     ),
-    (
+    sample(
         'tokenizer_of_other_size',
-        forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': CHARS + 'ABC'})),
-        'sample.py',
-        SAMPLE,
         'the tokenizer has 32 ids, the model 29',
+        given=forge(lambda s: s.update(tokenizer={'kind': 'char', 'chars': CHARS + 'ABC'})),
     ),
-    (
+    resume(
         'tokenizer_of_other_data',
-        lambda f: write_data(f / 'data/other', chars=CHARS.upper()),
-        'train.py',
-        [*RESUME, '--dataset=other'],
         'was trained with another tokenizer than that of data/other',
+        '--dataset=other',
+        given=lambda f: write_data(f / 'data/other', chars=CHARS.upper()),
     ),
     # optimizer files
-    ('optimizer_missing', drop(f'out/{OPTIMIZER}'), 'train.py', RESUME, f'there is no out/{OPTIMIZER}'),
-    (
+    resume(
+        'optimizer_missing', f'out/{OPTIMIZER}, the state of the optimizer, is missing', given=drop(f'out/{OPTIMIZER}')
+    ),
+    resume(
         'optimizer_elsewhere',
-        both(forge(lambda s: s.update(optimizer_file='../optimizer.pt')), put('optimizer.pt', {'optimizer': {}})),
-        'train.py',
-        RESUME,
         'names no optimizer file',
+        given=both(forge(lambda s: s.update(optimizer_file='../optimizer.pt')), put('optimizer.pt', {'optimizer': {}})),
     ),
-    (
-        'optimizer_random_bytes',
-        put(f'out/{OPTIMIZER}', b'\0' * 999),
-        'train.py',
-        RESUME,
-        f'out/{OPTIMIZER} cannot be read',
+    resume('optimizer_random_bytes', f'out/{OPTIMIZER} cannot be read', given=put(f'out/{OPTIMIZER}', b'\0' * 999)),
+    resume('optimizer_code', f'out/{OPTIMIZER} cannot be read', given=put(f'out/{OPTIMIZER}', {'optimizer': Code()})),
+    resume('optimizer_other_dict', 'is broken', given=put(f'out/{OPTIMIZER}', {'optimizer': [1]})),
+    resume(
+        'optimizer_groups', 'optimizer', given=forge(lambda s: s['optimizer'].update(param_groups=[1, 2]), OPTIMIZER)
     ),
-    (
-        'optimizer_code',
-        put(f'out/{OPTIMIZER}', {'optimizer': Code()}),
-        'train.py',
-        RESUME,
-        f'out/{OPTIMIZER} cannot be read',
-    ),
-    ('optimizer_other_dict', put(f'out/{OPTIMIZER}', {'optimizer': [1]}), 'train.py', RESUME, 'is not one'),
-    (
-        'optimizer_groups',
-        forge(lambda s: s['optimizer'].update(param_groups=[1, 2]), OPTIMIZER),
-        'train.py',
-        RESUME,
-        'optimizer',
-    ),
-    (
+    resume(
         'optimizer_of_other_shape',
-        forge(lambda s: s['optimizer']['state'][1].update(exp_avg=torch.ones(3, 5)), OPTIMIZER),
-        'train.py',
-        RESUME,
         'exp_avg of parameter 1 is not a tensor of (16, 32)',
+        given=forge(lambda s: s['optimizer']['state'][1].update(exp_avg=torch.ones(3, 5)), OPTIMIZER),
     ),
-    (
+    resume(
         'optimizer_index',
-        forge(lambda s: s['optimizer']['state'].update({99: {'exp_avg': torch.ones(2)}}), OPTIMIZER),
-        'train.py',
-        RESUME,
         'optimizer',
+        given=forge(lambda s: s['optimizer']['state'].update({99: {'exp_avg': torch.ones(2)}}), OPTIMIZER),
     ),
-    (
-        'optimizer_half',
-        forge(lambda s: s['optimizer']['state'][1].pop('exp_avg_sq'), OPTIMIZER),
-        'train.py',
-        RESUME,
-        'optimizer',
+    resume(
+        'optimizer_half', 'optimizer', given=forge(lambda s: s['optimizer']['state'][1].pop('exp_avg_sq'), OPTIMIZER)
     ),
-    (
-        'resume_log_is_a_folder',
-        both(drop('out/metrics.jsonl'), mkdir('out/metrics.jsonl')),
-        'train.py',
-        RESUME,
-        'out/metrics.jsonl',
+    resume(
+        'resume_log_is_a_folder', 'out/metrics.jsonl', given=both(drop('out/metrics.jsonl'), mkdir('out/metrics.jsonl'))
     ),
     # sampling
-    (
-        'prompt_of_other_characters',
-        None,
-        'sample.py',
-        [*SAMPLE, '--start=abcX'],
-        "the character 'X' at position 3 is not among the 29",
-    ),
-    ('prompt_empty', None, 'sample.py', [*SAMPLE, '--start='], 'at least one token'),
-    ('prompt_file_missing', None, 'sample.py', [*SAMPLE, '--start=FILE:p.txt'], 'cannot read the prompt p.txt'),
-    (
-        'prompt_file_not_text',
-        put('p.txt', b'ab\xff'),
-        'sample.py',
-        [*SAMPLE, '--start=FILE:p.txt'],
-        'cannot read the prompt p.txt',
-    ),
-    ('num_samples_0', None, 'sample.py', [*SAMPLE, '--num_samples=0'], '--num_samples=0: must be at least 1'),
-    ('temperature_negative', None, 'sample.py', [*SAMPLE, '--temperature=-1'], '--temperature=-1.0: must be 0 or more'),
-    (
-        'out_dir_missing',
-        None,
-        'sample.py',
-        [*SAMPLE, '--out_dir=elsewhere'],
-        'there is no elsewhere/ckpt.pt: train first, or check',
-    ),
-    ('prompt_path_empty', None, 'sample.py', [*SAMPLE, '--start=FILE:'], 'cannot read the prompt'),
-    ('prompt_file_is_a_folder', None, 'sample.py', [*SAMPLE, '--start=LINES:data'], 'cannot read the prompt data'),
-    (
-        'prompt_file_empty',
-        files(p=''),
-        'sample.py',
-        [*SAMPLE, '--start=FILE:p.txt'],
-        'p.txt: a prompt must have at least one',
-    ),
-    (
-        'prompt_lines_all_blank',
-        files(p='\n\n\n'),
-        'sample.py',
-        [*SAMPLE, '--start=LINES:p.txt'],
-        'no lines with anything',
-    ),
-    (
+    sample('prompt_of_other_characters', "the character 'X' at position 3 is not among the 29", '--start=abcX'),
+    sample('prompt_empty', 'at least one token', '--start='),
+    sample('prompt_file_missing', 'cannot read the prompt p.txt', '--start=FILE:p.txt'),
+    sample('prompt_file_not_text', 'cannot read the prompt p.txt', '--start=FILE:p.txt', given=put('p.txt', b'ab\xff')),
+    sample('num_samples_0', '--num_samples=0: must be at least 1', '--num_samples=0'),
+    sample('temperature_negative', '--temperature=-1.0: must be 0 or more', '--temperature=-1'),
+    sample('out_dir_missing', 'there is no elsewhere/ckpt.pt: train first, or check', '--out_dir=elsewhere'),
+    sample('prompt_path_empty', 'cannot read the prompt', '--start=FILE:'),
+    sample('prompt_file_is_a_folder', 'cannot read the prompt data', '--start=LINES:data'),
+    sample('prompt_file_empty', 'p.txt: a prompt must have at least one', '--start=FILE:p.txt', given=files(p='')),
+    sample('prompt_lines_all_blank', 'no lines with anything', '--start=LINES:p.txt', given=files(p='\n\n\n')),
+    sample(
         'prompt_lines_not_text',
-        put('p.txt', b'ab\ncd\xff\n'),
-        'sample.py',
-        [*SAMPLE, '--start=LINES:p.txt'],
         'cannot read the prompt p.txt',
+        '--start=LINES:p.txt',
+        given=put('p.txt', b'ab\ncd\xff\n'),
     ),
-    ('prompt_third_line', files(p='abc\nabc\nabX\n'), 'sample.py', [*SAMPLE, '--start=LINES:p.txt'], 'line 3'),
-    (
-        'prompt_second_file_missing',
-        files(a='abc'),
-        'sample.py',
-        [*SAMPLE, '--start=FILES:a.txt,b.txt'],
-        'cannot read the prompt b.txt',
+    sample('prompt_third_line', 'line 3', '--start=LINES:p.txt', given=files(p='abc\nabc\nabX\n')),
+    sample(
+        'prompt_second_file_missing', 'cannot read the prompt b.txt', '--start=FILES:a.txt,b.txt', given=files(a='abc')
     ),
-    (
-        'prompt_list_ends_in_a_comma',
-        files(a='abc'),
-        'sample.py',
-        [*SAMPLE, '--start=FILES:a.txt,'],
-        'cannot read the prompt',
-    ),
-    (
+    sample('prompt_list_ends_in_a_comma', 'cannot read the prompt', '--start=FILES:a.txt,', given=files(a='abc')),
+    sample(
         'prompt_second_file',
-        files(a='abc', second='abX'),
-        'sample.py',
-        [*SAMPLE, f'--start=FILES:{"./" * 20}a.txt,second.txt'],
         "second.txt: the character 'X'",
+        f'--start=FILES:{"./" * 20}a.txt,second.txt',
+        given=files(a='abc', second='abX'),
     ),
-    (
+    sample(
         'prompt_second_file_empty',
-        files(a='abc', second=''),
-        'sample.py',
-        [*SAMPLE, f'--start=FILES:{"./" * 20}a.txt,second.txt'],
         'second.txt: a prompt must have',
+        f'--start=FILES:{"./" * 20}a.txt,second.txt',
+        given=files(a='abc', second=''),
     ),
-    (
-        'prompt_path_in_lower_case',
-        files(p='abc'),
-        'sample.py',
-        [*SAMPLE, '--start=file:p.txt'],
-        "the character ':' at position 4",
-    ),
-    (
-        'prompt_not_unicode',
-        library_tokenizer('BPE', {'a': 0}, merges=[]),
-        'sample.py',
-        [*SAMPLE, '--start=a\udcff'],
-        '--start=a',
-    ),
-    (
+    sample('prompt_path_in_lower_case', "the character ':' at position 4", '--start=file:p.txt', given=files(p='abc')),
+    sample('prompt_not_unicode', '--start=a', ['--start=a\udcff'], given=library_tokenizer('BPE', {'a': 0}, merges=[])),
+    sample(
         'prompt_of_unknown_words',
-        library_tokenizer('WordLevel', {'a': 0}, unk_token='?'),
-        'sample.py',
-        [*SAMPLE, '--start=z'],
         '--start=z',
+        '--start=z',
+        given=library_tokenizer('WordLevel', {'a': 0}, unk_token='?'),
     ),
-    (
+    sample(
         'prompt_of_no_known_piece',
-        library_tokenizer('BPE', {'a': 0}, merges=[]),
-        'sample.py',
-        [*SAMPLE, '--start=az'],
         "no token for the character 'z' at position 1",
+        '--start=az',
+        given=library_tokenizer('BPE', {'a': 0}, merges=[]),
     ),
-    (
+    sample(
         'tokenizer_with_holes',
-        library_tokenizer('BPE', {'a': 0, 'b': 300}, merges=[]),
-        'sample.py',
-        [*SAMPLE, '--start=b'],
         'they do not belong together',
+        '--start=b',
+        given=library_tokenizer('BPE', {'a': 0, 'b': 300}, merges=[]),
     ),
-    (
+    sample(
         'tokenizer_json_broken',
-        forge(lambda s: s.update(tokenizer={'kind': 'tokenizers', 'json': '{"model":'})),
-        'sample.py',
-        SAMPLE,
         'not a tokenizer.json of the tokenizers library',
+        given=forge(lambda s: s.update(tokenizer={'kind': 'tokenizers', 'json': '{"model":'})),
     ),
-    ('top_p_nan', None, 'sample.py', [*SAMPLE, '--top_p=nan'], 'top_p must be a number'),
-    (
+    sample('top_p_nan', 'top_p must be a number', '--top_p=nan'),
+    sample(
         'top_p_nan_in_config',
-        config('top_p = float("nan")'),
-        'sample.py',
-        [*SAMPLE, 'c.py'],
         '--top_p=nan: must be above 0 and at most 1',
+        'c.py',
+        given=config('top_p = float("nan")'),
     ),
-    ('top_p_0', None, 'sample.py', [*SAMPLE, '--top_p=0'], '--top_p=0.0: must be above 0 and at most 1'),
-    ('top_p_percent', None, 'sample.py', [*SAMPLE, '--top_p=95'], '--top_p=95.0: must be above 0 and at most 1'),
-    ('top_p_with_decimal_comma', None, 'sample.py', [*SAMPLE, '--top_p=0,9'], 'top_p must be a number, not (0, 9)'),
-    ('min_p_negative', None, 'sample.py', [*SAMPLE, '--min_p=-0.1'], '--min_p=-0.1: must be from 0 to 1'),
-    ('min_p_infinite', None, 'sample.py', [*SAMPLE, '--min_p=1e999'], '--min_p=inf: must be from 0 to 1'),
-    (
-        'temperature_nan_in_config',
-        config('temperature = float("nan")'),
-        'sample.py',
-        [*SAMPLE, 'c.py'],
-        '--temperature=nan: must be',
+    sample('top_p_0', '--top_p=0.0: must be above 0 and at most 1', '--top_p=0'),
+    sample('top_p_percent', '--top_p=95.0: must be above 0 and at most 1', '--top_p=95'),
+    sample('top_p_with_decimal_comma', 'top_p must be a number, not (0, 9)', '--top_p=0,9'),
+    sample('min_p_negative', '--min_p=-0.1: must be from 0 to 1', '--min_p=-0.1'),
+    sample('min_p_infinite', '--min_p=inf: must be from 0 to 1', '--min_p=1e999'),
+    sample(
+        'temperature_nan_in_config', '--temperature=nan: must be', 'c.py', given=config('temperature = float("nan")')
     ),
-    ('top_k_negative', None, 'sample.py', [*SAMPLE, '--top_k=-1'], '--top_k=-1: must be 0 or more'),
-    ('seed_negative', None, 'sample.py', [*SAMPLE, '--seed=-1'], '--seed=-1: must be 0 or more'),
-    (
-        'repetition_penalty_0',
-        None,
-        'sample.py',
-        [*SAMPLE, '--repetition_penalty=0'],
-        '--repetition_penalty=0.0: must be from 0.01',
+    sample('top_k_negative', '--top_k=-1: must be 0 or more', '--top_k=-1'),
+    sample('seed_negative', '--seed=-1: must be 0 or more', '--seed=-1'),
+    sample('repetition_penalty_0', '--repetition_penalty=0.0: must be from 0.01', '--repetition_penalty=0'),
+    sample('repetition_penalty_infinite', '--repetition_penalty=inf', '--repetition_penalty=1e999'),
+    sample('repetition_penalty_near_0', '--repetition_penalty=1e-40', '--repetition_penalty=1e-40'),
+    sample('max_new_tokens_beyond_memory', '--max_new_tokens', f'--max_new_tokens={10**15}'),
+    sample('too_many_at_once', '--batch_size=10000000000: must be from 1 to 65536', '--batch_size=1e10'),
+    sample('stop_without_value', '--stop: write it as --stop=VALUE', '--stop'),
+    sample('stop_number_in_config', 'c.py: stop must be a tuple of strings, not 5', 'c.py', given=config('stop = 5')),
+    sample(
+        'stop_bare_text_in_config', "stop must be a tuple of strings, not 'end'", 'c.py', given=config('stop = ("end")')
     ),
-    (
-        'repetition_penalty_infinite',
-        None,
-        'sample.py',
-        [*SAMPLE, '--repetition_penalty=1e999'],
-        '--repetition_penalty=inf',
-    ),
-    (
-        'repetition_penalty_near_0',
-        None,
-        'sample.py',
-        [*SAMPLE, '--repetition_penalty=1e-40'],
-        '--repetition_penalty=1e-40',
-    ),
-    ('max_new_tokens_beyond_memory', None, 'sample.py', [*SAMPLE, f'--max_new_tokens={10**15}'], '--max_new_tokens'),
-    (
-        'too_many_at_once',
-        None,
-        'sample.py',
-        [*SAMPLE, '--batch_size=1e10'],
-        '--batch_size=10000000000: must be from 1 to 65536',
-    ),
-    ('stop_without_value', None, 'sample.py', [*SAMPLE, '--stop'], '--stop: write it as --stop=VALUE'),
-    (
-        'stop_number_in_config',
-        config('stop = 5'),
-        'sample.py',
-        [*SAMPLE, 'c.py'],
-        'c.py: stop must be a tuple of texts, not 5',
-    ),
-    (
-        'stop_bare_text_in_config',
-        config('stop = ("end")'),
-        'sample.py',
-        [*SAMPLE, 'c.py'],
-        "stop must be a tuple of texts, not 'end'",
-    ),
-    ('stop_mixed_in_config', config('stop = ("end", 5)'), 'sample.py', [*SAMPLE, 'c.py'], "not ('end', 5)"),
-    (
-        'interactive_json',
-        None,
-        'sample.py',
-        [*SAMPLE, '--interactive=True', '--json=True'],
-        '--interactive=True and --json=True: choose',
-    ),
-    (
-        'interactive_prompt',
-        None,
-        'sample.py',
-        [*SAMPLE, '--interactive=True', '--start=abX'],
-        "--start=abX: the character 'X'",
-    ),
-    (
+    sample('stop_mixed_in_config', "not ('end', 5)", 'c.py', given=config('stop = ("end", 5)')),
+    sample('interactive_json', '--interactive=True and --json=True: choose', '--interactive=True --json=True'),
+    sample('interactive_prompt', "--start=abX: the character 'X'", '--interactive=True --start=abX'),
+    sample(
         'interactive_many_prompts',
-        files(p='ab\ncd\n'),
-        'sample.py',
-        [*SAMPLE, '--interactive=True', '--start=LINES:p.txt'],
         '--interactive=True',
+        '--interactive=True --start=LINES:p.txt',
+        given=files(p='ab\ncd\n'),
     ),
-    (
-        'quantize_unknown',
-        None,
-        'sample.py',
-        [*SAMPLE, '--quantize=int4'],
-        '--quantize=int4: unknown; use int8, or leave it out',
-    ),
-    (
+    sample('quantize_unknown', '--quantize=int4: unknown; use int8, or leave it out', '--quantize=int4'),
+    sample(
         'overflowing_quantized',
-        forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]),
-        'sample.py',
-        [*SAMPLE, '--quantize=int8'],
-        'numbers that are not finite',
+        'logits are NaN or infinite',
+        '--quantize=int8',
+        given=forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]),
     ),
     # evaluating
-    ('evaluate_split', None, 'evaluate.py', ['--device=cpu', '--split=test'], '--split=test: must be train or val'),
-    (
-        'evaluate_block',
-        None,
-        'evaluate.py',
-        ['--device=cpu', '--block_size=17'],
-        '--block_size=17: the model has 16 positions',
-    ),
-    (
-        'evaluate_batch_size_0',
-        None,
-        'evaluate.py',
-        ['--device=cpu', '--batch_size=0'],
-        '--batch_size=0: must be from 1',
-    ),
-    (
-        'evaluate_batch_size_beyond_int64',
-        None,
-        'evaluate.py',
-        ['--device=cpu', f'--batch_size={10**30}'],
-        '--batch_size',
-    ),
-    (
-        'evaluate_eval_iters',
-        None,
-        'evaluate.py',
-        ['--device=cpu', '--eval_iters=-1'],
-        '--eval_iters=-1: must be 0 or more',
-    ),
-    ('evaluate_quantize', None, 'evaluate.py', ['--device=cpu', '--quantize=INT8'], '--quantize=INT8: unknown'),
-    ('evaluate_setting_of_sample', None, 'evaluate.py', ['--device=cpu', '--top_p=0.5'], "unknown setting 'top_p'"),
-    ('evaluate_optimizer_file', None, 'evaluate.py', ['--device=cpu', f'--ckpt={OPTIMIZER}'], "it has no 'model'"),
-    (
-        'evaluate_no_data_set',
-        None,
-        'evaluate.py',
-        ['--device=cpu', '--dataset=large'],
-        'there is no data set data/large',
-    ),
-    (
+    evaluate('evaluate_split', '--split=test: must be train or val', '--split=test'),
+    evaluate('evaluate_block', '--block_size=17: the model has 16 positions', '--block_size=17'),
+    evaluate('evaluate_batch_size_0', '--batch_size=0: must be from 1', '--batch_size=0'),
+    evaluate('evaluate_batch_size_beyond_int64', '--batch_size', f'--batch_size={10**30}'),
+    evaluate('evaluate_eval_iters', '--eval_iters=-1: must be 0 or more', '--eval_iters=-1'),
+    evaluate('evaluate_quantize', '--quantize=INT8: unknown', '--quantize=INT8'),
+    evaluate('evaluate_setting_of_sample', "unknown setting 'top_p'", '--top_p=0.5'),
+    evaluate('evaluate_optimizer_file', "it has no 'model'", f'--ckpt={OPTIMIZER}'),
+    evaluate('evaluate_no_data_set', 'there is no data set data/large', '--dataset=large'),
+    evaluate(
         'evaluate_data_set_gone',
-        forge(lambda s: s['config'].update(dataset='gone')),
-        'evaluate.py',
-        ['--device=cpu'],
         'there is no data set data/gone',
+        given=forge(lambda s: s['config'].update(dataset='gone')),
     ),
-    (
-        'evaluate_data_set_unnamed',
-        forge(lambda s: s['config'].pop('dataset')),
-        'evaluate.py',
-        ['--device=cpu'],
-        '--dataset= is needed',
-    ),
-    (
-        'evaluate_data_set_no_text',
-        forge(lambda s: s['config'].update(dataset=5)),
-        'evaluate.py',
-        ['--device=cpu'],
-        '--dataset= is needed',
-    ),
-    ('evaluate_no_val_bin', drop('data/tiny/val.bin'), 'evaluate.py', ['--device=cpu'], 'val.bin is missing'),
-    (
-        'evaluate_id_beyond_vocabulary',
-        ids('data/tiny/val.bin', 1, 29),
-        'evaluate.py',
-        ['--device=cpu'],
-        'val.bin holds the id 29',
-    ),
-    ('evaluate_one_token', bare_split(1), 'evaluate.py', ['--device=cpu'], 'val.bin holds 1 tokens, too few'),
-    (
+    evaluate('evaluate_data_set_unnamed', '--dataset= is needed', given=forge(lambda s: s['config'].pop('dataset'))),
+    evaluate('evaluate_data_set_no_text', '--dataset= is needed', given=forge(lambda s: s['config'].update(dataset=5))),
+    evaluate('evaluate_no_val_bin', 'val.bin is missing', given=drop('data/tiny/val.bin')),
+    evaluate('evaluate_id_beyond_vocabulary', 'val.bin holds the id 29', given=ids('data/tiny/val.bin', 1, 29)),
+    evaluate('evaluate_one_token', 'val.bin holds 1 tokens, too few', given=bare_split(1)),
+    evaluate(
         'evaluate_other_tokenizer',
-        lambda f: write_data(f / 'data/other', chars=CHARS.upper()),
-        'evaluate.py',
-        ['--device=cpu', '--dataset=other'],
         'data/other was prepared with another tokenizer',
+        '--dataset=other',
+        given=lambda f: write_data(f / 'data/other', chars=CHARS.upper()),
     ),
-    (
+    evaluate(
         'evaluate_other_characters_of_nanogpt',
-        meta_pkl({'vocab_size': 29, 'itos': dict(enumerate(CHARS.upper()))}),
-        'evaluate.py',
-        ['--device=cpu'],
         'data/tiny was prepared with another tokenizer',
+        given=meta_pkl({'vocab_size': 29, 'itos': dict(enumerate(CHARS.upper()))}),
     ),
-    (
+    evaluate(
         'evaluate_tokenizer_unknown',
-        meta(tokenizer={'kind': 'words'}),
-        'evaluate.py',
-        ['--device=cpu'],
         'data/tiny/meta: unknown kind of tokenizer',
+        given=meta(tokenizer={'kind': 'words'}),
     ),
-    (
+    evaluate(
         'evaluate_overflowing',
-        forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]),
-        'evaluate.py',
-        ['--device=cpu'],
-        'not finite',
+        'the loss is NaN or infinite',
+        given=forge(lambda s: [w.mul_(1e12) for w in s['model'].values()]),
     ),
-    (
-        'no_best',
-        drop('out/ckpt_best.pt'),
-        'sample.py',
-        [*SAMPLE, '--ckpt=ckpt_best.pt'],
-        'there is no out/ckpt_best.pt',
-    ),
+    sample('no_best', 'there is no out/ckpt_best.pt', '--ckpt=ckpt_best.pt', given=drop('out/ckpt_best.pt')),
 ]
 
 
@@ -1342,29 +861,35 @@ TRAINED = [  # the same, and a run of 8 updates in out/
 
 
 def files_in(folder):
-    """Every file below a folder, but for Python's own -> {path: content}."""
+    """All files below a folder, except Python's cache -> {path: content}."""
     return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and '__pycache__' not in path.parts}
 
 
-def preload(arguments):
-    """Import here, once for all forks, what a case needs that takes seconds to import."""
-    if any(argument.startswith('--init_from=') for argument in arguments):
+def preload(case):
+    """Import the slow libraries that a case needs, here and once for all forks."""
+    if case.script.startswith('tools/'):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401
+        from matplotlib.figure import Figure  # noqa: F401
+    if any(argument.startswith('--init_from=') for argument in case.arguments):
         from transformers import AutoConfig, GPT2LMHeadModel  # noqa: F401
 
 
-def check(folder, name, prepare, script, arguments, words, env=None):
-    if prepare:
-        prepare(folder)
-    where = copy_scripts(folder / 'copied') if script.startswith('data/') else REPO
+def is_one_error_line(result):
+    """Did a script end as a mistake should: with status 2 and one line?"""
+    text = result.stderr
+    return result.returncode == 2 and text.startswith('error: ') and text.endswith('\n') and text.count('\n') == 1
+
+
+def check(folder, case):
+    """Make a mistake -> one error line with its words, and no file has changed."""
+    case.given(folder)
+    where = copy_scripts(folder / 'copied') if case.script.startswith('data/') else REPO
     before = files_in(folder)
-    preload(arguments)
-    result = run_forked(where / script, *arguments, cwd=folder, **(env or {}))
-    assert result.returncode == 2, f'{result.stdout}\n{result.stderr}'
-    assert 'Traceback' not in result.stdout + result.stderr
-    assert (
-        result.stderr.startswith('error: ') and result.stderr.endswith('\n') and len(result.stderr.splitlines()) == 1
-    ), result.stderr
-    assert words in result.stderr
+    preload(case)
+    result = run_forked(where / case.script, *case.arguments, cwd=folder, **case.env)
+    assert is_one_error_line(result), f'{result.stdout}\n{result.stderr}'
+    assert 'Traceback' not in result.stdout
+    assert case.words in result.stderr
     after = files_in(folder)
     assert not (folder / 'executed').exists(), 'code from a data file was executed'
     assert {path: after.get(path) for path in before} == before, 'a file has changed'
@@ -1373,7 +898,7 @@ def check(folder, name, prepare, script, arguments, words, env=None):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A workspace in which train.py has made 8 updates; cases get a copy of it."""
+    """A workspace with a run of 8 iterations; each case gets a copy of it."""
     workspace = tmp_path_factory.mktemp('trained')
     write_data(workspace / 'data' / 'tiny')
     run_forked_ok('train.py', *TINY, cwd=workspace)
@@ -1381,69 +906,68 @@ def trained(tmp_path_factory):
     return workspace
 
 
-@pytest.mark.parametrize('case', FRESH, ids=lambda case: case[0])
-def test_mistakes(workspace, case):
-    check(workspace, *case)
+@pytest.mark.parametrize('case', FRESH, ids=lambda case: case.name)
+def test_mistakes(workspace, forked_runs, case):
+    check(workspace, case)
 
 
-@pytest.mark.parametrize('case', TRAINED, ids=lambda case: case[0])
+@pytest.mark.parametrize('case', TRAINED, ids=lambda case: case.name)
 def test_mistakes_with_a_run(trained, tmp_path, case):
-    check(shutil.copytree(trained, tmp_path / 'copy'), *case)
+    check(shutil.copytree(trained, tmp_path / 'copy'), case)
 
 
-def check_two_ranks(folder, name, prepare, script, arguments, words, env=None):
-    """Two ranks say what one says: at least one of them, and none anything else."""
-    if prepare:
-        prepare(folder)
-    preload(arguments)
-    results = run_forked_ranks(2, script, *arguments, cwd=folder)
+def check_two_ranks(folder, case):
+    """Make a mistake on two ranks: at least one says its words, and none says anything else."""
+    case.given(folder)
+    preload(case)
+    results = run_forked_ranks(2, case.script, *case.arguments, cwd=folder)
     errors = [line for result in results for line in result.stderr.splitlines() if line.startswith('error')]
-    errors = [
-        line for line in errors if 'connection to another rank' not in line and 'cannot connect the ranks' not in line
-    ]
-    assert errors and all(words in line for line in errors), [result.stderr for result in results]
-    assert all(
-        result.returncode in (2, -signal.SIGKILL) and 'Traceback' not in result.stdout + result.stderr
-        for result in results
-    )
+    # A rank that waits for the other one may report that it is gone.
+    lost = ('connection to another rank', 'cannot connect the ranks')
+    errors = [line for line in errors if not any(text in line for text in lost)]
+    assert errors and all(case.words in line for line in errors), [result.stderr for result in results]
+    for result in results:
+        assert result.returncode in (2, -signal.SIGKILL) and 'Traceback' not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    'case', [case for case in FRESH if case[2] == 'train.py' and len(case) == 5], ids=lambda case: case[0]
-)
+def for_two_ranks(cases):
+    """Parametrize a test by those of the cases that run train.py and set no environment."""
+    cases = [case for case in cases if isinstance(case, Case) and case.script == 'train.py' and not case.env]
+    return pytest.mark.parametrize('case', cases, ids=lambda case: case.name)
+
+
+@for_two_ranks(FRESH)
 def test_mistakes_on_two_ranks(workspace, case):
-    check_two_ranks(workspace, *case)
+    check_two_ranks(workspace, case)
 
 
-@pytest.mark.parametrize(
-    'case', [case for case in TRAINED if case[2] == 'train.py' and len(case) == 5], ids=lambda case: case[0]
-)
+@for_two_ranks(TRAINED)
 def test_mistakes_with_a_run_on_two_ranks(trained, tmp_path, case):
-    check_two_ranks(shutil.copytree(trained, tmp_path / 'copy'), *case)
+    check_two_ranks(shutil.copytree(trained, tmp_path / 'copy'), case)
+
+
+def run_process(folder, script, *arguments, env=None, **streams):
+    """Run a script as a process of its own, with these streams -> CompletedProcess."""
+    command = [sys.executable, str(REPO / script), *arguments]
+    env = environment(**(env or {}))
+    return subprocess.run(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True, timeout=120, **streams)
 
 
 def test_no_consent_to_code(workspace):
-    """transformers offers to run the code beside a model; a y on standard input, piped in or typed, must not reach it."""
+    """transformers asks whether to run the code beside a model; a y on standard input must not reach it."""
     put('hf/config.json', {'model_type': 'other', 'auto_map': {'AutoConfig': 'other.Other'}})(workspace)
     put('hf/other.py', 'open("executed", "w")\nclass Other: pass\n')(workspace)
-    result = subprocess.run(
-        [sys.executable, str(REPO / 'sample.py'), '--init_from=hf', '--device=cpu'],
-        cwd=workspace,
-        input='y\n',
-        env=environment(HF_HOME=str(workspace / 'home')),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    arguments, env = ['--init_from=hf', '--device=cpu'], {'HF_HOME': str(workspace / 'home')}
+    result = run_process(workspace, 'sample.py', *arguments, env=env, input='y\n', stdout=subprocess.PIPE)
+    assert is_one_error_line(result), result.stderr
     assert 'cannot load the pretrained model hf' in result.stderr
     assert not (workspace / 'executed').exists(), 'code from a data file was executed'
 
 
 def test_diverging(workspace):
-    """A learning rate far too high ends the run in one line, too, and nothing broken is saved."""
+    """A learning rate that is far too high ends the run with one line, too, and saves no broken model."""
     result = run_forked('train.py', *TINY, '--learning_rate=1e30', '--min_lr=1e30', cwd=workspace)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert is_one_error_line(result), result.stderr
     assert 'lower --learning_rate' in result.stderr
     assert torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 0
 
@@ -1451,24 +975,24 @@ def test_diverging(workspace):
 # --- standard input and output ----------------------------------------------------------------------------------------
 
 
-def test_int8_where_it_cannot_be_had(trained, monkeypatch):
+def test_int8_on_an_unsupported_processor(trained, monkeypatch):
     """As on an ARM processor."""
     monkeypatch.setattr(type(torch.backends.quantized), 'supported_engines', ['none'])
     for script, arguments in (('sample.py', SAMPLE), ('evaluate.py', ['--device=cpu']), ('bench.py', DECODE)):
         result = run_forked(script, *arguments, '--quantize=int8', cwd=trained)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+        assert is_one_error_line(result), result.stderr
         assert '--quantize=int8: runs on x86 processors only' in result.stderr
 
 
 def test_baseline_not_installed(workspace, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     result = run_forked('bench.py', *DECODE, '--baseline=transformers', cwd=workspace)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert is_one_error_line(result), result.stderr
     assert 'pip install transformers' in result.stderr
 
 
 def test_interactive_input(trained, monkeypatch):
-    """What cannot be continued is one line, and the next line is read; the end of the input is no mistake; no input is one."""
+    """Text that cannot be continued gives one line, and sample.py goes on; the end of the input is no mistake."""
 
     def talk(*arguments):
         return run_forked('sample.py', *SAMPLE, '--interactive=True', *arguments, cwd=trained)
@@ -1478,18 +1002,17 @@ def test_interactive_input(trained, monkeypatch):
     monkeypatch.setattr(sys, 'stdin', open(typed, encoding='utf-8', errors='surrogateescape'))
     result = talk()
     assert result.returncode == 0, result.stderr
-    assert [line[:40] for line in result.stderr.splitlines()] == 2 * ['this cannot be continued: the character '], (
-        result.stderr
-    )
+    expected = 'this cannot be continued: the character '
+    assert [line[: len(expected)] for line in result.stderr.splitlines()] == 2 * [expected], result.stderr
     monkeypatch.setattr(sys, 'stdin', open(os.devnull))
     assert talk().returncode == 0
     monkeypatch.setattr(sys, 'stdin', None)  # as `<&-` leaves it
     result = talk()
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert is_one_error_line(result), result.stderr
 
 
 def test_interactive_prompt_file(trained, monkeypatch):
-    """--start=FILE: is the file's content here too, not a text that begins with FILE."""
+    """--start=FILE:path means the content of the file here, too."""
     monkeypatch.setattr(sys, 'stdin', open(os.devnull))
     prompt = trained.parent / 'prompt.txt'
     prompt.write_text('abc')
@@ -1497,45 +1020,19 @@ def test_interactive_prompt_file(trained, monkeypatch):
     assert result.returncode == 0 and not result.stderr, result.stderr
 
 
-READERS = [
-    ['sample.py', *SAMPLE, '--json=True'],
-    ['evaluate.py', '--device=cpu'],
-]  # flushed line by line, and at the exit
-
-
 def test_reader_gone(trained):
-    """`... | head -1`: who has read enough is told nothing."""
+    """`... | head -1` gives no error message, whether the output is flushed line by line or at the end."""
     reading, writing = os.pipe()
     os.close(reading)
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(REPO / arguments[0]), *arguments[1:]],
-            cwd=trained,
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(PYTHONUNBUFFERED=''),
-        )
-        for arguments in READERS
-    ]
+    for script, *arguments in (['sample.py', *SAMPLE, '--json=True'], ['evaluate.py', '--device=cpu']):
+        result = run_process(trained, script, *arguments, env={'PYTHONUNBUFFERED': ''}, stdout=writing)
+        assert result.stderr == ''
     os.close(writing)
-    complaints = [process.communicate(timeout=120)[1] for process in started]
-    assert complaints == ['' for _ in READERS]
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no such device')
 def test_disk_full(trained):
-    """`... > texts.jsonl` on a full disk."""
+    """`... > samples.jsonl` on a full disk."""
     with open('/dev/full', 'w') as full:
-        result = subprocess.run(
-            [sys.executable, str(REPO / 'sample.py'), *SAMPLE, '--json=True'],
-            cwd=trained,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            timeout=120,
-        )
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and 'No space left' in result.stderr, (
-        result.stderr
-    )
+        result = run_process(trained, 'sample.py', *SAMPLE, '--json=True', stdout=full)
+    assert is_one_error_line(result) and 'No space left' in result.stderr, result.stderr
