@@ -461,6 +461,7 @@ class Offline(Tracker):
 
 def test_a_tracker_that_cannot_start_leaves_the_earlier_run_in_place(workspace, monkeypatch):
     """Trackers that write elsewhere start before an earlier run is moved: else a missing login would hide it."""
+    pytest.importorskip('tensorboard')
     run_forked_ok('train.py', *TINY, '--max_iters=1', cwd=workspace)
     before = sorted(path.name for path in (workspace / 'out').iterdir())
     monkeypatch.setitem(TRACKERS, 'offline', Offline)
