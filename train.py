@@ -142,10 +142,10 @@ eval_iters = eval_iters or -(-((len(splits['val']) - 1) // block_size) // batch_
 model.to(device)
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
-optimizer = make_optimizer(model, config, ranks, dtype)
+opt = make_optimizer(model, config, ranks, dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
 if checkpoint and not eval_only:
-    restore_optimizer(optimizer, scaler, checkpoint, out_dir)
+    restore_optimizer(opt, scaler, checkpoint, out_dir)
 if checkpoint and evaluated_at == iter_num >= max_iters and not eval_only:
     say(f'nothing to do: this run has made its {iter_num} iterations; to continue, raise --max_iters')
     end(ranks)
@@ -213,7 +213,7 @@ def save(is_best=False):
     state |= {'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter}
     state |= {'evaluated_at': evaluated_at, 'windows_taken': batches.taken(iter_num), 'seconds': training_seconds()}
     state['trackers'] = log.state()
-    save_checkpoint(out_dir, state, {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}, is_best)
+    save_checkpoint(out_dir, state, {'optimizer': opt.state_dict(), 'scaler': scaler.state_dict()}, is_best)
 
 
 if eval_only:
@@ -263,7 +263,7 @@ while True:
     lr = learning_rate
     if decay_lr:
         lr = learning_rate_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, cooldown_iters)
-    for group in optimizer.param_groups:
+    for group in opt.param_groups:
         group['lr'] = group['initial_lr'] * (lr / learning_rate if learning_rate else 0.0)
     micro_batches = batches.micro_batches_at(iter_num)  # of all ranks
     mean_loss = torch.zeros((), device=device)
@@ -282,15 +282,15 @@ while True:
         watch.lap('backward')
 
     # clip and step; a step with a NaN or infinite loss or gradient is skipped
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     ranks.mean(mean_loss)
     skip = ~(grad_norm.isfinite() & mean_loss.isfinite())  # the same on all ranks
     log_due = iter_num % log_interval == 0
     stats.before_step(log_due)
-    step_unless(skip, optimizer)
+    step_unless(skip, opt)
     scaler.update()
-    optimizer.zero_grad()
+    opt.zero_grad()
     stats.after_step(skip, (grad_norm > grad_clip) & (grad_clip > 0), micro_batches * tokens_per_micro_batch)
     iter_num += 1
     if (log_due or iter_num % max_skipped_iters == 0) and stats.longest >= max_skipped_iters:
@@ -307,7 +307,7 @@ while True:
         seconds = training_seconds() - progress['seconds']
         seconds_per_iter = seconds / (iter_num - first_iter) + watch.mean('evaluation', 'saving') / eval_interval
         record = {'iter': iter_num - 1, 'loss': mean_loss, 'grad_norm': grad_norm}
-        record['lr'] = optimizer.param_groups[0]['lr']
+        record['lr'] = opt.param_groups[0]['lr']
         record |= stats.since_last_line(seconds)
         flops, peak = raw_model.flops_per_token() * record['tokens_per_s'], devices.peak_flops(device, dtype)
         record['mfu'] = flops / (peak * ranks.world_size) if peak else None
