@@ -292,6 +292,7 @@ class StepStats:
         self.steps = self.tokens = self.seconds = 0
 
     def before_step(self, log_due):
+        """Keep a copy of the watched matrix if this step gets a line of the log."""
         self.before = self.watched.detach().clone() if log_due else None
 
     def after_step(self, skipped, clipped, tokens):

@@ -99,9 +99,7 @@ def set_aside(out_dir: str) -> str | None:
                 shutil.copy2(os.path.join(out_dir, name), os.path.join(target, name))
         for name in sorted(names, key=lambda name: name != LATEST):  # ckpt.pt first: it needs its optimizer file
             os.remove(os.path.join(out_dir, name))
-    with suppress(
-        OSError
-    ):  # Windows does not move what somebody reads; the new run then hides the earlier one's curves
+    with suppress(OSError):  # none there; or it is being read, on Windows: the new run then hides the earlier curves
         os.rename(os.path.join(out_dir, 'tensorboard'), os.path.join(target, 'tensorboard'))
     return target
 

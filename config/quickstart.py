@@ -1,5 +1,5 @@
 # What ./quickstart.sh trains: a character GPT that the device can train in about a minute, by the recipe that won
-# the speedruns (BENCHMARKS.md).
+# the speedruns (docs/LOG.md).
 import torch
 
 eval_interval = 125

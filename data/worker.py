@@ -1,6 +1,6 @@
 """Worker processes that turn units of text into ids, for pipeline.py.
 
-Processes rather than threads, because tiktoken's threads wait for one another (BENCHMARKS.md).
+Processes rather than threads, because tiktoken's threads wait for one another (docs/LOG.md, 2026-11-23).
 """
 
 import hashlib

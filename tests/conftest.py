@@ -57,6 +57,13 @@ def run(script, *arguments, cwd, timeout=120, **extra: str) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
+def start(script, *arguments, cwd, **options):
+    """Start a script of the repository in a folder, as its own process -> Popen with text pipes for its output."""
+    command = [sys.executable, str(REPO / script), *map(str, arguments)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), **pipes, **options)
+
+
 class Forked:
     """A script that runs in a fork of this process.
 

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -17,18 +15,7 @@ os.environ['WANDB_ERROR_REPORTING'] = 'false'
 
 import pytest
 import torch
-from conftest import (
-    REPO,
-    TINY,
-    Forked,
-    environment,
-    metrics,
-    run,
-    run_forked,
-    run_forked_ok,
-    train_on_ranks,
-    write_data,
-)
+from conftest import TINY, Forked, metrics, run, run_forked, run_forked_ok, start, train_on_ranks, write_data
 
 from common.errors import UserError
 from common.trackers import TRACKERS, Tracker, Wandb
@@ -166,15 +153,7 @@ def story(tmp_path_factory):
         '--eval_interval=10',
     ]
     common += ['--max_iters=1000000', '--sample_interval=20']
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / 'train.py'), *common],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start('train.py', *common, cwd=folder, start_new_session=True)
     wait_until(folder, 24)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the run has started, too
     output, errors = process.communicate(timeout=60)

@@ -22,6 +22,7 @@ from conftest import (
     metrics,
     run_forked,
     run_forked_ok,
+    start,
     train_on_ranks,
     write_data,
 )
@@ -281,14 +282,7 @@ def test_early_stopping(workspace):
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_tell_how_to_go_on(workspace, signum):
     common = [*TINY, DROPOUT, '--max_iters=100000', '--eval_interval=100000', '--decay_lr=False']
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / 'train.py'), *common],
-        cwd=workspace,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start('train.py', *common, cwd=workspace)
     for line in process.stdout:
         if line.startswith('iter 20:'):
             process.send_signal(signum)
@@ -562,14 +556,7 @@ def test_a_final_evaluation_that_was_missed_is_made_up(workspace):
 
 def test_interrupted_evaluation_prints_no_result(workspace):
     arguments = [*TINY, '--eval_only=True', '--eval_iters=100000', '--batch_size=1', '--block_size=1']
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / 'train.py'), *arguments],
-        cwd=workspace,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start('train.py', *arguments, cwd=workspace)
     assert 'parameters' in process.stdout.readline()
     process.terminate()
     output, _ = process.communicate(timeout=60)
@@ -604,14 +591,7 @@ def test_a_signal_during_divergence_saves_nothing_bad(workspace):
     arguments = [*TINY, '--max_iters=1000', '--eval_interval=500', '--decay_lr=False', '--max_skipped_iters=300']
     run_forked_ok('train.py', *arguments, '--max_iters=2', cwd=workspace)
     ruin = [*arguments, '--init_from=resume', '--learning_rate=1e38', '--grad_clip=0']
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / 'train.py'), *ruin],
-        cwd=workspace,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start('train.py', *ruin, cwd=workspace)
     for line in process.stdout:
         if line.startswith('iter 20:'):
             process.terminate()
@@ -799,10 +779,10 @@ def test_another_text_has_another_best_loss(workspace):
 def test_starting_from_a_run(workspace):
     """--init_from=FOLDER, or a checkpoint's file: a new run from its weights, with their shape."""
     run_forked_ok('train.py', *TINY, '--pos=rope', '--max_iters=0', '--out_dir=a', cwd=workspace)
-    start = [argument for argument in TINY if not argument.startswith('--n_')]
-    output = run_forked_ok('train.py', *start, '--init_from=a', '--max_iters=0', '--out_dir=b', cwd=workspace)
+    shapeless = [argument for argument in TINY if not argument.startswith('--n_')]
+    output = run_forked_ok('train.py', *shapeless, '--init_from=a', '--max_iters=0', '--out_dir=b', cwd=workspace)
     assert 'done: 0 iterations' in output and identical(weights(workspace / 'a'), weights(workspace / 'b'))
-    run_forked_ok('train.py', *start, '--init_from=a/ckpt_best.pt', '--max_iters=4', '--out_dir=c', cwd=workspace)
+    run_forked_ok('train.py', *shapeless, '--init_from=a/ckpt_best.pt', '--max_iters=4', '--out_dir=c', cwd=workspace)
     run_forked_ok('train.py', *TINY, '--init_from=a', '--max_iters=4', '--out_dir=d', '--seed=2', cwd=workspace)
     assert not identical(weights(workspace / 'c'), weights(workspace / 'd'))
     assert load_checkpoint(str(workspace / 'c' / 'ckpt.pt'))['model_args']['pos'] == 'rope'
@@ -816,7 +796,7 @@ def test_starting_from_a_run(workspace):
     result = run_forked('train.py', *TINY, '--n_layer=3', '--init_from=a', '--max_iters=0', cwd=workspace)
     assert result.returncode == 0 and result.stderr.startswith('warning: --n_layer=3: a has n_layer=2, which it keeps')
     write_data(workspace / 'data' / 'other', chars=CHARS[::-1])
-    result = run_forked('train.py', *start, '--init_from=a', '--dataset=other', cwd=workspace)
+    result = run_forked('train.py', *shapeless, '--init_from=a', '--dataset=other', cwd=workspace)
     assert result.returncode == 2 and 'another tokenizer' in result.stderr
 
 

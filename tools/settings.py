@@ -8,9 +8,8 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTING = re.compile(
-    r"  --(\w+)=('(?:[^'\\]|\\.)*'|\S+) *(.*)"
-)  # --key=default  comment, as configurator.print_help writes it
+# --key=default  comment, as configurator.print_help writes it
+SETTING = re.compile(r"  --(\w+)=('(?:[^'\\]|\\.)*'|\S+) *(.*)")
 PLACES = ('train.py', '*.py', 'data/text/prepare.py', 'data/*/prepare.py', 'data/*.py', 'tools/*.py')
 
 
