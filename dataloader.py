@@ -28,6 +28,7 @@ import torch
 
 from common.distributed import Ranks
 from common.errors import UserError, one_line, user_errors
+from configurator import require
 from tokenizer import spec_end_of_text, spec_from_meta, spec_vocab_size
 
 MAX_IDS_CHECKED = 2**28  # when a split is opened; of a larger one, evenly spaced pieces. Every batch is checked again
@@ -261,7 +262,7 @@ class Tokens:
         for start, row in zip(np.asarray(starts, dtype=np.int64).tolist(), rows):
             self.read(start, row)
         rows = rows.astype(np.int64)
-        if self.vocab_size is not None and rows.max() >= self.vocab_size:
+        if self.vocab_size is not None and rows.max(initial=0) >= self.vocab_size:
             raise UserError(
                 f'{self.name} holds the id {rows.max()}, the vocabulary ends at {self.vocab_size - 1}: '
                 'prepare the data again'
@@ -337,7 +338,8 @@ class TrainBatches:
         seed: of the order.
         order: 'random': sequences start anywhere, as in nanoGPT. 'shuffle': every epoch takes every sequence once; it
             cuts the split into adjacent sequences, at an offset and in an order of its own.
-        ranks: of w ranks, rank r takes the micro-batches r, r + w, r + 2w, … of each step.
+        ranks: of w ranks, rank r takes the micro-batches r, r + w, r + 2w, … of each step. If these do not come out
+            even, some ranks end a step with a batch of padding.
         device: where to put the batches.
         step: the first step.
         ramp: (first, steps): the number of micro-batches grows linearly from `first` over `steps` steps, in multiples
@@ -362,13 +364,19 @@ class TrainBatches:
         self.epochs = {}  # epoch -> its shuffled starts, of the last two: a step may end one and start the next
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next micro-batch of this rank, on the device -> x, y: inputs, targets, int64 (batch_size, block_size)."""
+        """The next micro-batch of this rank, on the device -> x, y: inputs, targets, int64 (batch_size, block_size).
+
+        Padding is x of zeros and y of -1: its loss and its gradient are 0, and nothing is read for it.
+        """
         if self.step != self.cached_step:
             self.cached_step, self.cached_starts = self.step, self.window_starts(self.step)
         starts = self.cached_starts[self.micro * self.batch_size :][: self.batch_size]
         self.micro += self.ranks.world_size
-        if self.micro >= self.micro_batches_at(self.step):
+        if self.micro >= self.rounds_at(self.step) * self.ranks.world_size:
             self.step, self.micro = self.step + 1, self.ranks.rank
+        if not len(starts):
+            shape = self.batch_size, self.block_size
+            return tuple(torch.full(shape, value, device=self.device) for value in (0, -1))
         if self.end_of_text is not None:
             starts = self.document_starts(starts)
         return to_device(self.tokens.windows(starts, self.block_size + 1), self.device)
@@ -383,6 +391,10 @@ class TrainBatches:
     def micro_batches_at(self, step: int) -> int:
         """Micro-batches of a step, all ranks together."""
         return self.ramp[min(step, len(self.ramp) - 1)]
+
+    def rounds_at(self, step: int) -> int:
+        """Micro-batches of every single rank in a step, padding included: ranks that share a model step together."""
+        return -(-self.micro_batches_at(step) // self.ranks.world_size)
 
     def taken(self, step: int) -> int:
         """Sequences that the run takes before a step; with order 'shuffle', its position in the epochs."""
@@ -428,13 +440,15 @@ def eval_batches(
     """Yield this rank's evaluation batches: x, y as in training; y is -1 in the rows that pad the last batch.
 
     The sequences are the same at every call: at most n_batches * batch_size, adjacent if they cover the split, else
-    evenly spaced. Of w ranks, rank r takes the batches r, r + w, r + 2w, ….
+    evenly spaced. Of w ranks, rank r takes the batches r, r + w, r + 2w, …, and all of them equally many, as sharded
+    models are computed by all ranks together: some get a batch of padding at the end.
     """
     tokens.require_window(block_size)
     available = (len(tokens) - 1) // block_size
     count = min(n_batches * batch_size, available)
     starts = np.arange(count) * available // count * block_size
-    for first in range(ranks.rank * batch_size, count, ranks.world_size * batch_size):
+    together = ranks.world_size * batch_size
+    for first in range(ranks.rank * batch_size, -(-count // together) * together, together):
         rows = tokens.windows(starts[first : first + batch_size], block_size + 1)
         padding = np.full((batch_size - len(rows), block_size + 1), -1)  # one shape for all: nothing recompiles
         x, y = to_device(np.concatenate((rows, padding)), device)
@@ -455,6 +469,7 @@ def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainB
     data: the DataSet. tokens: its training split. config: settings as in train.py. step, taken: as in TrainBatches.
     UserError if --align_documents=True finds no token that ends a document.
     """
+    require(config, 'data_order', "'random' or 'shuffle'", lambda v: v in ('random', 'shuffle'))
     end_of_text = None
     if config['align_documents']:
         end_of_text = spec_end_of_text(data.tokenizer) if data.tokenizer else None
@@ -478,14 +493,19 @@ def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainB
 
 
 def check_global_batch(config, world_size: int):
-    """UserError unless the micro-batches of every step can be divided among the ranks, while they grow too."""
+    """UserError unless the micro-batches of every step can be divided among the ranks, while they grow too.
+
+    With --uneven=True any number of ranks will do.
+    """
     micro_batches, first = config['gradient_accumulation_steps'], config['batch_ramp_from']
     if bool(first) != bool(config['batch_ramp_iters']):
         raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')
     if first and micro_batches % first:
         raise UserError(f'--batch_ramp_from={first}: must divide --gradient_accumulation_steps={micro_batches}')
     for key in ('gradient_accumulation_steps', 'batch_ramp_from'):
-        if config[key] % world_size:
+        if config[key] % world_size and not config['uneven']:
             lower = config[key] // world_size * world_size
             use = f'{lower} or {lower + world_size}' if lower else world_size
-            raise UserError(f'--{key}={config[key]} cannot be divided among {world_size} ranks: use {use}')
+            raise UserError(
+                f'--{key}={config[key]} cannot be divided among {world_size} ranks: use {use}, or --uneven=True'
+            )

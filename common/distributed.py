@@ -8,11 +8,14 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from common import errors
 from common.errors import UserError, leave, user_errors
+from common.heartbeat import Heartbeat
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
@@ -37,6 +40,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return list(values)
+        self.entering()
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
@@ -44,9 +48,16 @@ class Ranks:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over the ranks, in place and on its device. A collective: every rank must call it."""
         if self.world_size > 1:
+            self.entering()
             dist.all_reduce(tensor)
             tensor /= self.world_size
         return tensor
+
+    @staticmethod
+    def entering():
+        """Count a collective, so that the heartbeat can tell which rank is behind."""
+        if errors.heartbeat:
+            errors.heartbeat.entered += 1
 
 
 def find_ranks() -> Ranks:
@@ -61,10 +72,20 @@ def find_ranks() -> Ranks:
     return ranks
 
 
-def join_ranks(backend: str, device: torch.device, ranks: Ranks):
-    """Connect the ranks; a single process has nothing to connect.
+def waiting_limit(timeout: float) -> timedelta:
+    """How long a collective, or a watch for signs of life, waits for a rank, so that the job ends within `timeout` s.
 
-    backend: 'auto' (nccl on CUDA, gloo elsewhere), 'nccl' or 'gloo'. UserError if it is unknown or fails to connect.
+    It is shorter by the 30 s from torchrun's SIGTERM to its SIGKILL, which alone ends a stopped process. Pass it to
+    every new group, dist.new_group(timeout=waiting_limit(timeout)): groups do not inherit it.
+    """
+    return timedelta(seconds=max(timeout - 40, timeout / 3))
+
+
+def join_ranks(backend: str, device: torch.device, ranks: Ranks, timeout: float = 600):
+    """Connect the ranks and watch for their signs of life; a single process has nothing to connect.
+
+    backend: 'auto' (nccl on CUDA, gloo elsewhere), 'nccl' or 'gloo'. timeout: seconds after which the job ends when a
+    rank dies or hangs. UserError if the backend is unknown or fails to connect.
     """
     if backend not in ('auto', 'nccl', 'gloo'):
         raise UserError(f'--backend={backend}: unknown; use auto, nccl or gloo')
@@ -74,47 +95,103 @@ def join_ranks(backend: str, device: torch.device, ranks: Ranks):
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
     if backend == 'nccl' and device.type != 'cuda':
         raise UserError(f'--backend=nccl: works between CUDA devices only, not on {device.type}; use auto or gloo')
-    hook = sys.excepthook
+    hook, limit = sys.excepthook, waiting_limit(timeout)
     with user_errors(ValueError, dist.DistError, where='cannot connect the ranks: '):
-        options = {'store': agree_on_attempt(ranks), 'rank': ranks.rank, 'world_size': ranks.world_size}
+        store, own_store = agree_on_attempt(ranks, timeout)
+        errors.heartbeat = Heartbeat(own_store, ranks.rank, ranks.world_size, limit.total_seconds(), hosted_by_rank_0())
+        options = {'store': store, 'rank': ranks.rank, 'world_size': ranks.world_size, 'timeout': limit}
         if backend == 'nccl':  # and gloo, for Ranks.sum
+            # A collective of nccl does not fail but hangs with the host that waits for it. Its own watchdog, a thread
+            # too, then ends this process by SIGABRT after the same limit, with a report of its own. So a lost rank is
+            # named only where its signs stop, or where gloo waits for it.
             dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device, **options)
         else:
             dist.init_process_group(backend, **options)
     sys.excepthook = hook  # torch wraps the hook and captures its output, which is lost when the hook ends the process
 
 
-def agree_on_attempt(ranks: Ranks) -> dist.Store:
-    """A store in which the ranks find one another, without the entries of earlier attempts.
+def join_alone(device: torch.device):
+    """Make a process group of this process alone, which sharding needs on one device too."""
+    hook = sys.excepthook
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    sys.excepthook = hook  # as in join_ranks
 
-    torchrun keeps one store across its restarts. The addresses of dead ranks stay in it, and a rank that connects to
-    one of them fails (pytorch issue 135712). So rank 0 invents a prefix for the keys of this attempt. Each other rank
-    asks for it with a random name of its own, so that it cannot read an answer from an earlier attempt.
+
+def agree_on_attempt(ranks: Ranks, timeout: float) -> list[dist.Store]:
+    """Two stores in which the ranks find one another, without the entries of earlier attempts.
+
+    The two have the same entries over connections of their own, for two threads. torchrun keeps one store across its
+    restarts. The addresses of dead ranks stay in it, and a rank that connects to one of them fails (pytorch issue
+    135712). So rank 0 invents a prefix for the keys of this attempt. Each other rank asks for it with a random name of
+    its own, so that it cannot read an answer from an earlier attempt. All learn whether all have come.
     """
-    store, _, _ = next(dist.rendezvous('env://', ranks.rank, ranks.world_size))
+    store = connect_to_store(ranks, timeout)
     name = uuid.uuid4().hex
     if ranks.rank > 0:
         store.set(f'asked by {ranks.rank}', name)
-        attempt = store.get(f'answer to {name}').decode()  # waits until it is set
-        store.set(f'{attempt} has {ranks.rank}', '')
-        return dist.PrefixStore(attempt, store)
-    missing = set(range(1, ranks.world_size))
-    deadline = time.monotonic() + store.timeout.total_seconds()
-    while missing:
+        try:
+            attempt = store.get(f'answer to {name}').decode()  # waits until it is set
+            store.set(f'{attempt} has {ranks.rank}', '')
+            problem = store.get(f'{attempt} ends').decode()
+        except dist.DistStoreError as error:
+            raise dist.DistError(f'rank 0 did not answer in {timeout} s') from error
+    else:
+        attempt, problem = name, call_ranks(ranks, store, name, waiting_limit(timeout).total_seconds())
+    if problem:
+        raise dist.DistError(problem)
+    own = connect_to_store(ranks, timeout, host=False)
+    return [dist.PrefixStore(attempt, each) for each in (store, own)]
+
+
+def connect_to_store(ranks: Ranks, timeout: float, host: bool = True) -> dist.Store:
+    """A connection to the store of all ranks. Rank 0 hosts it if `host` and torchrun's agent does not.
+
+    Like dist.rendezvous('env://'), but the host does not wait for all ranks, as it could not say which one is missing.
+    """
+    if not ('MASTER_ADDR' in os.environ and 'MASTER_PORT' in os.environ):
+        raise ValueError('MASTER_ADDR and MASTER_PORT are not set; start several ranks with torchrun')
+    return dist.TCPStore(
+        os.environ['MASTER_ADDR'],
+        int(os.environ['MASTER_PORT']),
+        is_master=host and ranks.is_main and hosted_by_rank_0(),
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        use_libuv=os.environ.get('USE_LIBUV', '1') == '1',  # the variable is torch's, for builds that lack libuv
+    )
+
+
+def hosted_by_rank_0() -> bool:
+    """Does rank 0 host the store, rather than torchrun's agent?"""
+    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+
+
+def call_ranks(ranks: Ranks, store: dist.Store, attempt: str, limit: float) -> str:
+    """Tell all other ranks the prefix of this attempt, which they ask for -> what went wrong, '' for nothing."""
+    for rank in range(ranks.world_size):
+        store.set(f'{attempt}/sign of {rank}', '')  # so that Heartbeat finds its keys; / is that of PrefixStore
+    missing, problem = set(range(1, ranks.world_size)), ''
+    deadline = time.monotonic() + limit
+    while missing and not problem:
         for rank in missing:
             if store.check([f'asked by {rank}']):  # perhaps a dead rank's question: nobody reads that answer
-                store.set(f'answer to {store.get(f"asked by {rank}").decode()}', name)
-        missing = {rank for rank in missing if not store.check([f'{name} has {rank}'])}
-        if time.monotonic() > deadline:
-            raise dist.DistError(f'rank {min(missing)} did not connect in time')
+                store.set(f'answer to {store.get(f"asked by {rank}").decode()}', attempt)
+        missing = {rank for rank in missing if not store.check([f'{attempt} has {rank}'])}
+        if missing and time.monotonic() > deadline:
+            problem = f'rank {", ".join(map(str, sorted(missing)))} did not connect in {limit:.0f} s'
         time.sleep(0.01)
-    return dist.PrefixStore(name, store)
+    store.set(f'{attempt} ends', problem)
+    return problem
 
 
 def end(ranks: Ranks, status: int = 0):
     """Exit with this status, after all ranks have come here and disconnected. Close files and trackers before."""
     if ranks.world_size > 1:
         dist.barrier()
+        errors.heartbeat.stop()
+        dist.barrier()  # rank 0 may host the store: it ends after the last thread that uses it
+    if dist.is_initialized():
         dist.destroy_process_group()
     leave(status)
 

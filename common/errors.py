@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from traceback import walk_tb
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -13,6 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 READER_GONE = {errno.EPIPE, errno.EIO} | ({errno.EINVAL} if sys.platform == 'win32' else set())
 OUTSIDE = ('errors.py', 'configurator.py')  # turn exceptions into errors, and are never the place of a mistake
 NO_MEMORY = re.compile('out of memory|DefaultCPUAllocator')  # in the messages of CUDA and of torch on the CPU
+heartbeat = None  # the common.heartbeat.Heartbeat of a process that is one of several ranks; join_ranks sets it
 
 
 class UserError(Exception):
@@ -98,8 +100,10 @@ def leave(status: int = 0):
 
     With several ranks, or after streaming with the `datasets` library, this calls the atexit handlers but skips the
     rest of the interpreter's clean-up: threads of gloo, or of a stream that was not read to its end, sometimes abort
-    the process there.
+    the process there. A rank that leaves before its heartbeat has been stopped tells the others that it failed.
     """
+    if heartbeat:
+        heartbeat.stop(failed=True)
     if os.environ.get('WORLD_SIZE', '1') == '1' and 'datasets' not in sys.modules:
         sys.exit(status)
     atexit._run_exitfuncs()  # has no public name; multiprocessing calls it for the same purpose
@@ -129,7 +133,8 @@ def report_uncaught(kind, error, traceback):
             f'--num_samples, --max_new_tokens, --block_size or the size of the model ({one_line(text, 120)})'
         )
     elif kind.__name__.startswith('Dist') or isinstance(error, RuntimeError) and 'gloo' in text:
-        text = f'the connection to another rank was lost; its own error, if any, is the cause ({one_line(text, 120)})'
+        lost = heartbeat.lost_rank() if heartbeat else ''
+        text = f'the connection to another rank was lost{": " if lost else ""}{lost} ({one_line(text, 120)})'
     elif isinstance(error, UserError):
         raised = error.__cause__
         if isinstance(raised, (OSError, UnicodeError, ImportError)):
@@ -139,18 +144,25 @@ def report_uncaught(kind, error, traceback):
         leave(1)
     if os.environ.get('SAMGPT_TRACEBACK', '0') not in ('', '0'):
         sys.__excepthook__(kind, error, traceback)
-    prefix = 'error: ' if is_main_rank() else f'error (rank {os.environ["RANK"]}): '
-    place = place_in_project(raised.__traceback__) if raised else ''
-    print(prefix + one_line(text, limit=2000) + place, file=sys.stderr, flush=True)
+    place = place_in_project(walk_tb(raised.__traceback__)) if raised else ''
+    print(error_line(text) + place, file=sys.stderr, flush=True)
     leave(2)  # sys.exit inside the hook sets the exit status
 
 
-def place_in_project(traceback) -> str:
-    """The last file and line of this project in a traceback, as ' [model.py:120]'; '' if there is none."""
+def error_line(text: str) -> str:
+    """The one line that reports an error, with the number of the rank unless it is the main one."""
+    prefix = 'error: ' if is_main_rank() else f'error (rank {os.environ["RANK"]}): '
+    return prefix + one_line(text, limit=2000)
+
+
+def place_in_project(frames) -> str:
+    """The innermost file and line of this project, as ' [model.py:120]'; '' if there is none.
+
+    frames: (frame, line number) from the outermost to the innermost, as traceback.walk_tb gives them.
+    """
     place = ''
-    while traceback:
-        path = traceback.tb_frame.f_code.co_filename
+    for frame, line in frames:
+        path = frame.f_code.co_filename
         if path.startswith(ROOT + os.sep) and os.path.basename(path) not in OUTSIDE and 'site-packages' not in path:
-            place = f' [{os.path.relpath(path, ROOT)}:{traceback.tb_lineno}]'
-        traceback = traceback.tb_next
+            place = f' [{os.path.relpath(path, ROOT)}:{line}]'
     return place
