@@ -3,10 +3,12 @@
 import math
 
 import torch
-import torch.distributed as dist
 
 from common.distributed import Ranks
-from common.errors import UserError
+from common.errors import UserError, warn
+from common.exchange import all_gather, all_to_all
+from common.sharded import copy_part, is_sharded, part, whole
+from configurator import require
 
 ALONE = Ranks()
 # Coefficients of Jordan et al. 2024: steep at 0, so small singular values grow fast; the cost: they end only near 1
@@ -52,7 +54,11 @@ class Muon(AdamW):
 
     Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") changes a matrix by its
     orthogonalized momentum: the momentum of the gradient with all singular values made about 1. Matrices of one shape
-    are stacked and orthogonalized together, in a few batched products. Ranks divide each stack and exchange results.
+    are stacked and orthogonalized together, in a few batched products.
+
+    Several ranks divide the matrices. Where each rank has whole parameters, the ranks exchange their results. Where
+    parameters are sharded, so is the momentum, and a rank holds only its own share of the matrices whole, during the
+    step. Under hsdp each copy of the model does all the work for itself, so the copies exchange nothing.
     """
 
     def __init__(self, groups, lr, betas, row_splits=None, ranks=ALONE, dtype=torch.float32):
@@ -61,7 +67,7 @@ class Muon(AdamW):
         groups: as for AdamW; those with 'momentum' hold matrices only.
         lr, betas: of all groups that do not set their own.
         row_splits: {matrix: [rows, rows, …]} for matrices that are treated as several, stacked on top of one another.
-        ranks: Ranks that all have the same gradients.
+        ranks: Ranks that all have the same parameters and gradients. Sharded parameters know their ranks themselves.
         dtype: of the Newton-Schulz iteration.
         """
         self.row_splits, self.ranks, self.dtype = row_splits or {}, ranks, dtype
@@ -89,43 +95,72 @@ class Muon(AdamW):
 
     def step_matrices(self, group: dict, found_inf: torch.Tensor | None):
         """Muon's step for one group. found_inf: 1 to change nothing, 0 or None otherwise."""
-        by_shape = {}  # (m, n), m <= n -> [(weight, gradient, momentum)] of that shape or transposed
-        for p in group['params']:
-            if p.grad is not None:
-                state, rows = self.state[p], self.row_splits.get(p, len(p))
-                if not state:
-                    state['momentum'] = torch.zeros_like(p)
-                for matrix in zip(p.split(rows), p.grad.split(rows), state['momentum'].split(rows)):
-                    by_shape.setdefault(tuple(sorted(matrix[0].shape)), []).append(matrix)
-        keep = None if found_inf is None else found_inf == 0
-        for shape, matrices in by_shape.items():
-            weights, gradients, momenta = zip(*matrices)
-            if keep is not None:  # the momentum in place of the gradient leaves the momentum unchanged
-                gradients = [torch.where(keep, g, m) for g, m in zip(gradients, momenta)]
-            torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
-            directions = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov momentum
-            stack = torch.stack([d if d.shape == shape else d.t() for d in directions])  # (N, m, n)
-            stack = self.orthogonalize(stack)
-            decay = group['lr'] * group['weight_decay']
-            if keep is not None:
-                stack *= keep
-                decay = decay * keep
-            if group['weight_decay']:
-                torch._foreach_mul_(weights, 1 - decay)
-            directions = [d if w.shape == shape else d.t() for w, d in zip(weights, stack)]
-            torch._foreach_mul_(directions, [-group['lr'] * max(1, len(w) / w.size(1)) ** 0.5 for w in weights])
-            torch._foreach_add_(weights, directions)
+        parameters = [p for p in group['params'] if p.grad is not None]
+        if not parameters:
+            return
+        # ranks take them in turn: by size, as in the model's order one rank could get the large ones of all layers
+        parameters.sort(key=lambda p: p.numel(), reverse=True)
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+        weights = [part(p) for p in parameters]
+        gradients = [part(p.grad) for p in parameters]
+        momenta = [part(self.state[p]['momentum']) for p in parameters]
+        decay = group['lr'] * group['weight_decay']
+        keep = None if found_inf is None else (found_inf == 0).to(weights[0].device)
+        if keep is not None:  # the momentum in place of the gradient leaves the momentum unchanged
+            gradients = [torch.where(keep, g, m) for g, m in zip(gradients, momenta)]
+        torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
+        directions = list(torch._foreach_lerp(gradients, momenta, group['momentum']))  # Nesterov momentum
+        if is_sharded(parameters[0]):
+            self.orthogonalize_shards(parameters, directions)
+        else:
+            self.orthogonalize_copies(parameters, directions)
+        if keep is not None:
+            torch._foreach_mul_(directions, keep.float())
+            decay = decay * keep
+        if group['weight_decay']:
+            torch._foreach_mul_(weights, 1 - decay)
+        torch._foreach_add_(weights, directions, alpha=-group['lr'])
 
-    def orthogonalize(self, stack: torch.Tensor) -> torch.Tensor:
-        """orthogonalize() of a stack (N, m, n), where each rank computes its share of the N matrices."""
-        n, world_size = len(stack), self.ranks.world_size
-        if world_size == 1:
-            return orthogonalize(stack, self.dtype)
-        share = -(-n // world_size)
-        padded = torch.cat((stack, stack.new_zeros(world_size * share - n, *stack.shape[1:])))
-        out = torch.empty_like(padded)
-        dist.all_gather_into_tensor(out, orthogonalize(padded[self.ranks.rank * share :][:share], self.dtype))
-        return out[:n]
+    def orthogonalize_copies(self, parameters: list, directions: list):
+        """Orthogonalize directions that all ranks hold, in place. Each rank does a share and sends it to the others."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        self.orthogonalize_each(parameters[rank::world_size], directions[rank::world_size])
+        if world_size > 1:
+            all_gather([directions[r::world_size] for r in range(world_size)], rank)
+
+    def orthogonalize_shards(self, parameters: list, directions: list):
+        """Orthogonalize directions of which each rank holds some rows, in place.
+
+        Each rank gathers the rows of its share of the matrices, and then sends the new rows back. With cpu_offload the
+        rows are on the host, and are exchanged and worked on by the device of the mesh.
+        """
+        mesh = parameters[0].device_mesh
+        group = mesh.get_group(mesh.ndim - 1)  # the ranks that hold one copy of the model together
+        rank, world_size = group.rank(), group.size()
+        parts = [d.to(mesh.device_type) for d in directions]
+        matrices = [parts[0].new_empty(p.shape) for p in parameters[rank::world_size]]
+        rows = [[*m.chunk(world_size), *[m[:0]] * world_size] for m in matrices]  # if few, the last ranks have none
+        rows_from = [[blocks[r] for blocks in rows] for r in range(world_size)]  # rank r's rows of our matrices
+        parts_for = [parts[r::world_size] for r in range(world_size)]  # our rows of rank r's matrices
+        all_to_all(parts_for, rows_from, group)
+        self.orthogonalize_each(parameters[rank::world_size], matrices)
+        all_to_all(rows_from, parts_for, group)
+        for direction, new in zip(directions, parts):
+            direction.copy_(new)  # torch skips this unless it was moved
+
+    def orthogonalize_each(self, parameters: list, directions: list):
+        """Orthogonalize the directions of whole parameters, in place, and scale them by their shape."""
+        by_shape = {}  # (m, n), m <= n -> the matrices of that shape or transposed
+        for p, direction in zip(parameters, directions):
+            for matrix in direction.split(self.row_splits.get(p, len(p))):
+                by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        for shape, matrices in by_shape.items():
+            stack = torch.stack([m if m.shape == shape else m.t() for m in matrices])  # (N, m, n)
+            for matrix, result in zip(matrices, orthogonalize(stack, self.dtype)):
+                result = result if matrix.shape == shape else result.t()
+                torch.mul(result, max(1, len(matrix) / matrix.size(1)) ** 0.5, out=matrix)
 
 
 def orthogonalize(stack: torch.Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> torch.Tensor:
@@ -144,12 +179,14 @@ def orthogonalize(stack: torch.Tensor, dtype: torch.dtype = torch.float32, steps
 
 
 def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer):
-    """One step of any torch optimizer, unless `skip`, a bool tensor on the model's device, is True.
+    """One step of any torch optimizer, unless `skip`, a bool tensor on the device that computes gradients, is True.
 
     On CUDA, an optimizer whose kernel takes `found_inf` decides on the device, so that the host need not wait for
-    `skip`. With all others the host waits, and on MPS, whose kernel accepts found_inf but ignores it.
+    `skip`. With all others the host waits, on MPS, whose kernel accepts found_inf but ignores it, and where cpu_offload
+    keeps the parameters on the host: torch would copy found_inf there without waiting for it.
     """
-    if skip.device.type == 'cuda' and getattr(optimizer, '_step_supports_amp_scaling', False):
+    parameter = next(p for group in optimizer.param_groups for p in group['params'])
+    if parameter.device.type == 'cuda' and getattr(optimizer, '_step_supports_amp_scaling', False):
         optimizer.grad_scale, optimizer.found_inf = None, skip.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -160,6 +197,7 @@ def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer):
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict):
     """Load the buffers of a saved state_dict from an untrusted file; the hyperparameters stay those of this run.
 
+    Of a sharded parameter's buffers, whole ones are sharded likewise, and sharded ones taken as they are.
     ValueError if its groups or buffers do not fit the optimizer's parameters.
     """
     ours, theirs = (state['param_groups'] for state in (optimizer.state_dict(), saved))
@@ -184,16 +222,43 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict):
             too_large = torch.is_tensor(buffer) and buffer.numel() > max(1, p.numel())
             if too_large or name in required and not fits:
                 raise ValueError(f'{name} of parameter {number} is not a tensor of {tuple(shape)}')
-        state[number] = buffers
+        state[number] = {name: shard_like(p, buffer) for name, buffer in buffers.items()}
     optimizer.load_state_dict({'state': state, 'param_groups': ours})
+
+
+def shard_like(parameter: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Shard a whole buffer as its parameter is. Other buffers, such as AdamW's 'step', are returned as they are."""
+    whole_ones = torch.is_tensor(buffer) and buffer.shape == parameter.shape and not is_sharded(buffer)
+    if not (is_sharded(parameter) and whole_ones):
+        return buffer
+    sharded = torch.zeros_like(parameter)
+    copy_part(sharded, buffer)
+    return sharded
 
 
 # --- parameter groups: what --optimizer= selects ----------------------------------------------------------------------
 
 
+def check_optimizer(config: dict):
+    """UserError if settings of the optimizer or its schedule cannot work; a warning if they can hardly be meant."""
+    require(config, 'optimizer', ' or '.join(map(repr, OPTIMIZERS)), lambda v: v in OPTIMIZERS)
+    learning_rate, min_lr = config['learning_rate'], config['min_lr']
+    max_iters, warmup_iters = config['max_iters'], config['warmup_iters']
+    if config['optimizer'] == 'muon' and not learning_rate:
+        reason = 'Muon follows the schedule of AdamW, which must have one; choose a rate above 0'
+        raise UserError(f'--learning_rate=0: {reason}')
+    if config['eval_only'] or not config['decay_lr']:
+        return
+    if 0 < learning_rate < min_lr:
+        warn(f'--learning_rate={learning_rate} is below --min_lr={min_lr}: it will grow where it should decay')
+    if 0 < max_iters < warmup_iters:
+        warn(f'{warmup_iters=} is longer than the run of {max_iters=}: the learning rate will not be reached')
+
+
 def make_optimizer(model, config: dict, ranks: Ranks = ALONE, dtype=torch.float32) -> torch.optim.Optimizer:
     """The optimizer of a run, over all trainable parameters; 'initial_lr' of each group is its highest learning rate.
 
+    model: already sharded, if it is to be, as fully_shard replaces the parameters.
     config: settings as in train.py; config['optimizer'] is a key of OPTIMIZERS.
     ranks, dtype: of the run.
     UserError if no parameter is trainable.
@@ -270,12 +335,21 @@ def learning_rate_at(
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def clip_gradients(parameters: list, max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most max_norm; 0: leave them -> the norm before, a 0-d tensor.
+
+    A collective where parameters are sharded: the norm is that of the whole gradients, the same on all ranks.
+    """
+    foreach = True if is_sharded(parameters[0]) else None  # torch would take sharded tensors one by one, which is slow
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf, foreach=foreach))
+
+
 def update_ratio(weight: torch.Tensor, before: torch.Tensor) -> float:
     """Norm of a weight's change in a step over the norm of the weight before; about 1e-3 in a healthy run.
 
-    Waits for the device.
+    Waits for the device. A collective where they are sharded.
     """
-    return (torch.dist(weight.detach(), before) / before.norm()).item()
+    return (whole((weight.detach() - before).norm()) / whole(before.norm())).item()
 
 
 class StepStats:
@@ -304,7 +378,10 @@ class StepStats:
         self.tokens += tokens
 
     def since_last_line(self, seconds):
-        """seconds: of training until now -> part of the log's record: means over the steps since the last call."""
+        """seconds: of training until now -> part of the log's record: means over the steps since the last call.
+
+        Every rank must call it, see update_ratio.
+        """
         elapsed = seconds - self.seconds
         record = {
             'time_ms': 1000 * elapsed / self.steps,
