@@ -39,12 +39,14 @@ from generation import Context, Sample, Sampling, generate, window_start
 from loading import model_vocab_size
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, make_optimizer, step_unless
+from parallel import CHECKPOINTING, checkpoint_activations
 from pretrained import to_hugging_face
 
 mode = 'train'  # 'train': a training step; 'decode': generating text
 batch_size = 12  # sequences in a step
 bias = False  # biases in linear and normalization layers
 optimizer = 'adamw'  # 'adamw', 'muon'
+activation_checkpointing = 'none'  # 'selective', 'full': see train.py
 real_data = True  # train on the data set's tokens, if it is prepared; False: on random ids
 dataset = 'openwebtext'  # folder below data/
 warmup_steps = 3  # steps before the clock starts
@@ -67,6 +69,7 @@ config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace
 baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute')}
 require(config, 'mode', 'train or decode; tools/compare.py times whole runs to a loss', lambda v: v in baselines)
 require(config, 'baseline', ' or '.join(baselines[mode]), lambda v: v in ('', *baselines[mode]))
+require(config, 'activation_checkpointing', ' or '.join(CHECKPOINTING), lambda v: v in CHECKPOINTING)
 require(config, 'optimizer', ' or '.join(OPTIMIZERS), lambda v: v in OPTIMIZERS)
 require(config, 'batch_size block_size steps rounds', 'at least 1', lambda v: v >= 1)
 require(config, 'vocab_size', 'from 1 to 2,147,483,647', lambda v: 1 <= v < 2**31)
@@ -147,6 +150,7 @@ def make_step(compiled):
     """A new model's training step -> (function from a batch (x, y) to its loss, a float; the step's FLOPs)."""
     seed_all(seed)
     model = GPT(model_config).to(device).train()
+    checkpoint_activations(model, activation_checkpointing)
     opt = make_optimizer(model, {**config.recipe, **config}, dtype=dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -167,7 +171,7 @@ def make_step(compiled):
         print('compiling ...', flush=True)
         start = time.perf_counter()
         batch = torch.zeros(2, batch_size, block_size, dtype=torch.long, device=device)
-        compile_or_stay_eager(model, lambda: step(batch))
+        compile_or_stay_eager([model], lambda: step(batch))
         print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
     return step, model.flops_per_token() * batch_size * block_size
 
@@ -337,7 +341,7 @@ def make_decoder(model, prompt, compiled):
     if compiled:
         print('compiling ...', flush=True)
         options = decoding_options(device)
-        compiled = compile_or_stay_eager(model, lambda: [decode(n, static=True) for n in batch_sizes], **options)
+        compiled = compile_or_stay_eager([model], lambda: [decode(n, static=True) for n in batch_sizes], **options)
         if not compiled:
             contexts.clear()
     return lambda n: decode(n, static=compiled)

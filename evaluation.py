@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.device import autocast
+from common.device import autocast, uncompiled
 from common.errors import UserError, say
 from tokenizer import GPT2_SPEC, gpt2_is_cached, load_tokenizer
 
@@ -34,7 +34,7 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
 
     batches: this rank's share, see dataloader.eval_batches.
     token_bytes: from bytes_per_token, or None.
-    interrupted: called after each batch; True stops early.
+    interrupted: called after each batch; True, on all ranks, stops early.
     The model is never compiled for this: compiling would take longer than most runs spend in evaluation.
     """
     was_training = model.training
@@ -43,8 +43,8 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
     lengths = torch.as_tensor(token_bytes if known else [0], device=device)
     losses, counts, sizes = [], [], []  # on the device until the end, so that the host does not wait for each batch
     for x, y in batches:
-        with autocast(device, dtype):
-            losses.append(model.forward(x, y, with_logits=False)[1])
+        with autocast(device, dtype), uncompiled():
+            losses.append(model(x, y, with_logits=False)[1])
         predicted = y >= 0
         counts.append(predicted.sum())
         sizes.append((lengths[y * predicted] * predicted).sum() if known else predicted.sum() * 0)

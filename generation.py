@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from common.device import uncompiled
 from common.errors import UserError, warn
 from dataloader import random_words
-from tokenizer import TextStream
+from tokenizer import TextStream, load_tokenizer
 
 UNIFORMS_AT_ONCE = 1024  # random numbers made at once for each sample
 
@@ -332,6 +333,14 @@ def generate_rows(model, idx, max_new_tokens, **sampling):
     return torch.cat((idx, new.view(len(idx), max_new_tokens)), dim=1)
 
 
+def tokenizer_of_samples(data):
+    """The tokenizer of a DataSet, for sample_texts; None, with a warning, if it does not say what its ids mean."""
+    if data.tokenizer:
+        return load_tokenizer(data.tokenizer)
+    warn(f'no samples, as {data.path} does not say what its ids mean')
+    return None
+
+
 def sample_texts(model, tokenizer, n=3, max_new_tokens=200, start='\n') -> list[str]:
     """What the model writes after `start`, or after the first token of a vocabulary without it: n texts, always from
     the same random numbers, so that they can be compared. The model's mode and torch's random state stay as they were.
@@ -344,14 +353,23 @@ def sample_texts(model, tokenizer, n=3, max_new_tokens=200, start='\n') -> list[
     if not prompt or max(prompt) >= n_ids:
         prompt = [0]
     samples = [Sample(prompt, (i,), tokenizer, end_of_text=tokenizer.end_of_text) for i in range(n)]
+    # all ranks compute a sharded model together, so all for as many tokens: this sample has no end before
+    sharded = hasattr(model, 'unshard')
+    pace = [Sample(prompt)] if sharded else []
+    sampling = Sampling(temperature=0.8, top_k=200, vocab_size=n_ids)
     was_training = model.training
     model.eval()
     try:
-        for _ in generate(model, samples, max_new_tokens, Sampling(temperature=0.8, top_k=200, vocab_size=n_ids)):
-            pass
+        if sharded:
+            model.unshard()  # embedding and head; its own call would do that, layers do it themselves
+        with uncompiled():
+            for _ in generate(model, samples + pace, max_new_tokens, sampling):
+                pass
     except UserError as error:
         warn(f'no samples: {error}')
         return []
     finally:
         model.train(was_training)
+        if sharded:
+            model.reshard()
     return [sample.text for sample in samples]

@@ -3,15 +3,18 @@
 import dataclasses
 import math
 import os
+from contextlib import contextmanager
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common.checkpoint import BEST, LATEST, load_data, load_optimizer_buffers, plain
+from common.checkpoint import BEST, LATEST, has_run, latest, load_data, load_optimizer_buffers, plain, read_whole
+from common.device import seed_all
 from common.errors import UserError, say, user_errors, warn
+from common.sharded import copy_part, is_sharded, part
 from dataloader import dataset_name
 from model import GPT, GPTConfig
-from optim import load_optimizer_state
+from optim import ALONE, load_optimizer_state
 from pretrained import NANOGPT_FIELDS, pretrained_tokenizer, read_pretrained
 from tokenizer import GPT2_SPEC, check_spec, same_ids, text_vocab_size
 
@@ -24,8 +27,10 @@ MAY_CHANGE = ('init_from', 'eval_only')  # settings that may change on resume wi
 
 
 def initial_model(config, data) -> tuple[GPT, dict | None]:
-    """The model that train.py starts from, on the CPU in float32, and the checkpoint to resume, or None.
+    """The model that train.py starts from, in float32, and the checkpoint to resume, or None.
 
+    The model is on the CPU; or on the meta device, if fill_weights can give it its weights part by part: if it is new,
+    or was saved in parts.
     config: the settings. data: the DataSet. Existing weights bring their own shape, as in nanoGPT. UserError if weights
     are not available, or do not fit the settings that were given, or the data.
     """
@@ -33,11 +38,12 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
     if init_from == 'scratch':
         vocab_size = model_vocab_size(data.tokenizer, data.vocab_size, config['vocab_multiple'])
         shape = {key: config[key] for key in SHAPE if key in config}
-        with user_errors(ValueError):
-            return GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape)), None
+        with user_errors(ValueError, RuntimeError):
+            return empty_model(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape)), None
     if init_from == 'resume':
-        path = os.path.join(config['out_dir'], LATEST)
-        checkpoint = load_checkpoint(path)
+        path = latest(config['out_dir']) or os.path.join(config['out_dir'], LATEST)
+        # of a model that will be sharded, each rank keeps a part of what it reads from the file
+        checkpoint = load_checkpoint(path, mmap=config['parallel'] != 'ddp')
         model, tokenizer = restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer')
         source, fixed = f'the run in {path}', SHAPE
         hint = 'leave it out to resume, or start another run with another --out_dir'
@@ -69,6 +75,19 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
     elif not checkpoint and asked > longest and 'block_size' in config.given:
         raise UserError(f'--block_size={asked}: {source} has {longest} positions, use at most that')
     return model, checkpoint
+
+
+def fill_weights(model: GPT, checkpoint: dict | None, seed: int):
+    """Give a model that initial_model() left on the meta device, and that has memory now, its weights: those saved in
+    parts, or initial ones, the same for a seed however the model is sharded. Each rank reads or keeps its own parts."""
+    if checkpoint is None:
+        seed_all(seed)
+        model.init_weights(copy_part)
+        return
+    saved = checkpoint['parts']
+    saved.read({f'model.{name}': weight for name, weight in model.state_dict().items()})
+    if not all_finite(model):
+        raise UserError(f'{saved.folder}: some of its weights are NaN or infinite; use another save')
 
 
 def initial_progress(checkpoint: dict | None, config, text: dict) -> dict:
@@ -108,7 +127,7 @@ def initial_progress(checkpoint: dict | None, config, text: dict) -> dict:
         progress.update(evaluated_at=-1, windows_taken=0)
         best_is_known = False
     else:
-        best_is_known = os.path.exists(os.path.join(out_dir, BEST))  # nanoGPT leaves none
+        best_is_known = latest(out_dir, BEST) is not None  # nanoGPT leaves none
         batch = ('batch_size', 'gradient_accumulation_steps')
         other_batch = any(before.get(key, config[key]) != config[key] for key in batch)
         if progress['windows_taken'] is None and config['data_order'] == 'shuffle' and other_batch:
@@ -121,7 +140,8 @@ def initial_progress(checkpoint: dict | None, config, text: dict) -> dict:
 def restore_optimizer(optimizer, scaler, checkpoint: dict, out_dir: str):
     """Give an optimizer and a GradScaler the state that was saved with a checkpoint, and free the checkpoint's tensors.
     UserError if it is missing or does not fit."""
-    saved = load_optimizer_buffers(checkpoint, out_dir)
+    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group['params'])
+    saved = load_optimizer_buffers(checkpoint, out_dir, optimizer, mmap=sharded)
     kinds = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
     with user_errors(*kinds, where=f'the optimizer state in {out_dir}: '):
         load_optimizer_state(optimizer, saved['optimizer'])
@@ -144,12 +164,12 @@ def open_model(init_from: str, out_dir: str, name: str, dropout: float = 0.0) ->
     init_from: 'resume' for the checkpoint `name` in out_dir; a checkpoint's file; a folder with a run's ckpt.pt; or as
     in load_pretrained. UserError if it is not available.
     """
-    path = os.path.join(out_dir, name) if init_from == 'resume' else init_from
-    if init_from != 'resume' and os.path.exists(os.path.join(init_from, LATEST)):
-        path = os.path.join(init_from, LATEST)
+    path = latest(out_dir, name) or os.path.join(out_dir, name) if init_from == 'resume' else init_from
+    if init_from != 'resume' and has_run(init_from):
+        path = latest(init_from)
     if init_from != 'resume' and not os.path.isfile(path):
         return *load_pretrained(init_from, dropout), {}
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_whole(load_checkpoint(path))
     return restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer'), checkpoint['config']
 
 
@@ -165,15 +185,15 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
 # --- the model in a checkpoint ----------------------------------------------------------------------------------------
 
 
-def model_entry(model: GPT) -> dict:
-    """The part of a checkpoint that describes the model: {'model': weights, 'model_args': shape, …}.
+def model_entry(model: GPT, ranks=ALONE) -> dict:
+    """The part of a checkpoint that describes the model: {'model': weights, 'model_args': shape, …}. A collective.
 
     model_args has nanoGPT's fields, and others only where they differ from the default, so that nanoGPT opens every
     model that it can represent and refuses the rest. OpenAI's GPT-2 computes GELU by tanh, nanoGPT runs it with erf and
     is hardly off: so this one choice is stored beside model_args, and nanoGPT opens a GPT-2 fine-tuned here.
     UserError if weights are NaN or infinite.
     """
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if ranks.sum([float(not all_finite(model))])[0]:
         raise UserError(
             'the weights are NaN or infinite, nothing was saved: lower --learning_rate, and continue from the last '
             'save with --init_from=resume'
@@ -190,11 +210,11 @@ def model_entry(model: GPT) -> dict:
     return entry
 
 
-def load_checkpoint(path: str) -> dict:
+def load_checkpoint(path: str, mmap: bool = False) -> dict:
     """A checkpoint of SAMgpt or nanoGPT, complete and with weights under plain names. UserError if it is not one."""
-    checkpoint = load_data(path)
+    checkpoint = load_data(path, mmap)
     if isinstance(checkpoint, dict):
-        tensors = ('model', 'optimizer', 'tokenizer')
+        tensors = ('model', 'optimizer', 'parts', 'tokenizer')
         with user_errors(RecursionError, RuntimeError, where=f'{path} is not a sound checkpoint: '):
             checkpoint.update({key: plain(value) for key, value in checkpoint.items() if key not in tensors})
     for key, kind in {'model': dict, 'model_args': dict, 'iter_num': int, 'config': dict}.items():
@@ -235,7 +255,8 @@ def load_checkpoint(path: str) -> dict:
 
 
 def restore_model(checkpoint: dict, path: str, dropout: float | None = None) -> GPT:
-    """The model of a loaded checkpoint, on the CPU in float32. dropout replaces the one it was trained with.
+    """The model of a loaded checkpoint, in float32, on the CPU, or on the meta device if its weights are there. dropout
+    replaces the one it was trained with.
 
     UserError if model_args describe no model, or another one than the weights. Nothing large is allocated before that
     is known, so a forged shape cannot exhaust the memory.
@@ -256,16 +277,22 @@ def restore_model(checkpoint: dict, path: str, dropout: float | None = None) -> 
         model = empty_model(GPTConfig(**args))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     model.tie_weights()
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not all_finite(model):
         raise UserError(f'{path}: some of its weights are NaN or infinite; use another checkpoint')
     return model
+
+
+def all_finite(model) -> bool:
+    """Are all weights, as far as this rank holds them, neither NaN nor infinite? True on the meta device."""
+    return all(parameter.is_meta or part(parameter).isfinite().all() for parameter in model.parameters())
 
 
 def with_both_ties(weights):
     """Weights with the tied matrix under both of its names, of which a file may hold one. ValueError if it holds two
     that differ."""
     head, embedding = weights.get('lm_head.weight'), weights.get('transformer.wte.weight')
-    if head is not None and embedding is not None and not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
+    both = head is not None and embedding is not None and head is not embedding
+    if both and (head.is_meta or not torch.equal(head.nan_to_num(), embedding.nan_to_num())):
         raise ValueError('the head differs from the embedding, though tie_weights=True makes them one matrix')
     tied = head if embedding is None else embedding
     return weights if tied is None else {**weights, 'lm_head.weight': tied, 'transformer.wte.weight': tied}
@@ -282,7 +309,25 @@ class NoInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+@contextmanager
+def parameters_on_meta():
+    """Within the block, modules are made with parameters that have shapes but no memory. Buffers and other tensors are
+    real, as their values are given where they are made. Each parameter has memory for a moment, which nothing fills."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # tied weights stay one parameter
+            parameter = torch.nn.Parameter(parameter.detach().to('meta'), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
 def empty_model(config: GPTConfig) -> GPT:
-    """A GPT whose parameters have shapes but no memory, ready for load_state_dict(..., assign=True)."""
-    with torch.device('meta'), NoInit():
+    """A GPT whose parameters have no memory: for load_state_dict(..., assign=True), or for fill_weights."""
+    with parameters_on_meta(), NoInit():
         return GPT(config)

@@ -202,23 +202,28 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, put=torch.Tensor.copy_):
         """GPT-2's initialization: N(0, 0.02), biases zero. The two projections of each layer into the residual stream
         are scaled down by the square root of their number, so that its variance does not grow with depth (section
-        2.3); with zero_init they start at zero (Zhang et al. 2019, "Fixup")."""
+        2.3); with zero_init they start at zero (Zhang et al. 2019, "Fixup"). The random numbers are the CPU's on every
+        device. put(parameter, value): stores a value; of a sharded parameter, this rank's part of it."""
         std = 0.02
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:  # has no memory yet: loading.py gives it some and comes here again
+                continue
+            value = torch.empty(parameter.shape, device='cpu')
             if name.endswith('c_proj.weight'):
                 depth_std = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(parameter, std=depth_std)
+                nn.init.normal_(value, std=depth_std)
             elif name.endswith('.bias'):
-                nn.init.zeros_(parameter)
+                nn.init.zeros_(value)
             elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
-                nn.init.ones_(parameter)
+                nn.init.ones_(value)
             else:
                 known = ('wte.weight', 'wpe.weight', 'lm_head.weight', 'c_attn.weight', 'c_fc.weight')
                 assert name.endswith(known), f'no initialization for {name}'
-                nn.init.normal_(parameter, std=std)
+                nn.init.normal_(value, std=std)
+            put(parameter, value)
 
     def hidden(self, idx, cache=None):
         """Token ids idx (B, T), T <= block_size -> final hidden states (B, T, C). With a generation.KVCache, extended

@@ -8,26 +8,26 @@ After any stop:     the same command and --init_from=resume; with --init_from=au
 
 import math
 import signal
-from contextlib import nullcontext
+from functools import partial
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from common import device as devices
-from common.checkpoint import has_run, prepare_out_dir, save_checkpoint
+from common.checkpoint import has_run, prepare_out_dir
 from common.cpu import use_onednn_products
 from common.device import autocast, compile_or_stay_eager, seed_all, set_up_device
 from common.distributed import StopSignal, end, find_ranks, join_ranks
-from common.errors import UserError, say, warn
+from common.errors import UserError, say
+from common.saving import Saver
 from common.tracking import NoTracking, chosen_trackers, evaluation_line, saved_trackers, start_trackers
 from configurator import configure, require
 from dataloader import DataSet, check_global_batch, dataset_name, eval_batches, text_checksum, training_batches
 from evaluation import bytes_per_token, evaluate
-from generation import sample_texts
-from loading import SHAPE, initial_model, initial_progress, model_entry, restore_optimizer
+from generation import sample_texts, tokenizer_of_samples
+from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer
 from model import GPTConfig
-from optim import OPTIMIZERS, StepStats, learning_rate_at, make_optimizer, step_unless
-from tokenizer import load_tokenizer
+from optim import StepStats, check_optimizer, clip_gradients, learning_rate_at, make_optimizer, step_unless
+from parallel import check_parallel, device_mesh, modules_to_compile, parallelize, sync_gradients
 
 # --- settings: the defaults train GPT-2 124M on OpenWebText on 8 GPUs -------------------------------------------------
 # where and when to report
@@ -37,6 +37,8 @@ log_interval = 1  # iterations between lines of the log
 eval_iters = 200  # batches per evaluation of each split; 0: all of val, and the same number of train batches
 eval_only = False  # evaluate once and stop, changing nothing
 always_save_checkpoint = True  # save after every evaluation; False: only after the best so far, and at the end
+keep_saves = 1  # keep the last so many saves; the latest is resumed
+async_save = False  # copy the state to the host's memory and write it while training goes on
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir holds a run), 'gpt2', …, 'gpt2-xl', or a folder
 sample_interval = 0  # iterations between samples of what the model writes; 0: none
 trackers = ()  # --trackers=wandb, tensorboard or trackio also report there; each adds one
@@ -78,6 +80,12 @@ lr_decay_iters = 600000  # iterations until min_lr is reached, usually max_iters
 cooldown_iters = 0  # linear decay over this many iterations before lr_decay_iters, constant until then; 0: cosine
 min_lr = 6e-5  # the lowest after warm-up, usually learning_rate / 10
 # machine
+parallel = 'ddp'  # several ranks: 'ddp' copies the model, 'fsdp' shards it, 'hsdp' shards it within each node
+shard_ranks = 0  # hsdp: ranks that share one copy of the model; 0: those of a node
+cpu_offload = False  # fsdp, hsdp: weights and optimizer state in the host's memory, for a model larger than the GPU
+activation_checkpointing = 'none'  # 'selective': recompute in the backward pass all but products; 'full': whole layers
+uneven = False  # allow a number of ranks that does not divide the micro-batches: some then compute fewer
+timeout = 600  # seconds after which a rank that died or hangs ends the job
 seed = 1337  # of the initial weights, the data order and dropout
 backend = 'auto'  # of communication between ranks: 'nccl', 'gloo'; 'auto': nccl on CUDA, gloo elsewhere
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
@@ -85,23 +93,16 @@ dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': 
 compile = True  # compile the model: slow to start, faster to run
 config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from'))
 
-counts = 'eval_interval log_interval gradient_accumulation_steps batch_size block_size max_skipped_iters vocab_multiple'
+counts = 'keep_saves eval_interval log_interval gradient_accumulation_steps batch_size block_size vocab_multiple'
 schedule = 'max_iters learning_rate muon_learning_rate min_lr warmup_iters lr_decay_iters cooldown_iters patience'
 others = 'weight_decay grad_clip target_val_loss eval_iters sample_interval batch_ramp_from batch_ramp_iters seed'
-require(config, counts, 'at least 1', lambda v: v >= 1)
+require(config, f'{counts} max_skipped_iters', 'at least 1', lambda v: v >= 1)
 require(config, f'{schedule} {others}', 'a number of at least 0', lambda v: 0 <= v < math.inf)
 require(config, 'batch_ramp_iters', 'at most 10,000,000', lambda v: v <= 10**7)
 require(config, 'dropout beta1 beta2 muon_momentum', 'in [0, 1)', lambda v: 0 <= v < 1)
-require(config, 'optimizer', ' or '.join(map(repr, OPTIMIZERS)), lambda v: v in OPTIMIZERS)
-require(config, 'data_order', "'random' or 'shuffle'", lambda v: v in ('random', 'shuffle'))
-if optimizer == 'muon' and not learning_rate:
-    raise UserError('--learning_rate=0: Muon follows the schedule of AdamW, which must have one; choose a rate above 0')
+check_optimizer(config)
 if 'vocab_size' in config.given:
     raise UserError('--vocab_size: the data set decides it; --vocab_multiple= rounds it up')
-if decay_lr and not eval_only and 0 < learning_rate < min_lr:
-    warn(f'--learning_rate={learning_rate} is below --min_lr={min_lr}: it will grow where it should decay')
-if decay_lr and not eval_only and 0 < max_iters < warmup_iters:
-    warn(f'{warmup_iters=} is longer than the run of {max_iters=}: the learning rate will not be reached')
 dataset = config['dataset'] = dataset_name(dataset)
 if not eval_only:
     chosen_trackers(config)  # a missing package is an error before anything is loaded
@@ -109,10 +110,12 @@ if not eval_only:
 # --- device and ranks -------------------------------------------------------------------------------------------------
 watch = devices.Stopwatch()
 ranks = find_ranks()
+check_parallel(config, ranks)
 if not eval_only:
     check_global_batch(config, ranks.world_size)
 device, dtype = set_up_device(device, dtype, ranks)
-join_ranks(backend, device, ranks)
+join_ranks(backend, device, ranks, timeout)
+mesh = device_mesh(config, ranks, device)
 if init_from == 'auto':
     found = ranks.sum([float(ranks.is_main and has_run(out_dir))])[0]  # the main rank decides for all
     init_from = config['init_from'] = 'resume' if found else 'scratch'
@@ -139,18 +142,11 @@ if not eval_only:
     x, y = batches.next()
 splits['val'].require_window(block_size)
 eval_iters = eval_iters or -(-((len(splits['val']) - 1) // block_size) // batch_size)
-model.to(device)
-
-# --- optimizer --------------------------------------------------------------------------------------------------------
-opt = make_optimizer(model, config, ranks, dtype)
-scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
-if checkpoint and not eval_only:
-    restore_optimizer(opt, scaler, checkpoint, out_dir)
 if checkpoint and evaluated_at == iter_num >= max_iters and not eval_only:
     say(f'nothing to do: this run has made its {iter_num} iterations; to continue, raise --max_iters')
     end(ranks)
 
-# --- compile and wrap -------------------------------------------------------------------------------------------------
+# --- split over the ranks ---------------------------------------------------------------------------------------------
 tokens_per_micro_batch = batch_size * block_size
 global_batch, train_size = gradient_accumulation_steps * tokens_per_micro_batch, len(splits['train'])
 say(
@@ -158,32 +154,39 @@ say(
     f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}'
 )
 raw_model = model  # without the wrapper of DistributedDataParallel: this one is evaluated and saved
-if ranks.world_size > 1:
-    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+fill = partial(fill_weights, checkpoint=checkpoint, seed=seed)
+model = parallelize(raw_model, mesh, config, ranks, device, dtype, fill)
+raw_model.train()
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+opt = make_optimizer(raw_model, config, ranks, dtype)
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients vanish unless scaled up
+if checkpoint and not eval_only:
+    restore_optimizer(opt, scaler, checkpoint, out_dir)
+watch.lap('start')
 
 
 def try_once():
     """One forward and backward pass without a step, so that compilation happens now."""
-    with model.no_sync() if ranks.world_size > 1 else nullcontext(), autocast(device, dtype):
-        scaler.scale(model(x, y, with_logits=False)[1] / gradient_accumulation_steps).backward()
-    raw_model.zero_grad(set_to_none=True)
+    sync_gradients(model, mesh is not None)  # what hsdp would keep for a later exchange, zero_grad does not clear
+    with autocast(device, dtype):
+        loss = model(x, y, with_logits=False)[1]
+    loss.backward()
 
 
-watch.lap('start')
-raw_model.train()
 if compile and not eval_only:
     say('compiling the model, this can take a minute (--compile=False skips it) ...')
-    compile_or_stay_eager(raw_model, try_once)  # in place, so that DDP still overlaps backward and communication
+    compile_or_stay_eager(modules_to_compile(raw_model, mesh), try_once, must=mesh is not None)
+    raw_model.zero_grad(set_to_none=True)
     watch.lap('compilation')
 
 # --- output -----------------------------------------------------------------------------------------------------------
 stop = None if eval_only else StopSignal()  # an evaluation alone has nothing to save
 log, tokenizer = NoTracking(), None
+if sample_interval:
+    tokenizer = tokenizer_of_samples(data)
+saver = Saver(out_dir, ranks, mesh is not None, async_save, keep_saves, timeout)
 if ranks.is_main and not eval_only:
-    if sample_interval and data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
-    elif sample_interval:
-        warn(f'--sample_interval={sample_interval}: no samples, as {data.path} does not say what its ids mean')
     prepare_out_dir(out_dir)
     resumed_at = iter_num if checkpoint else None
     log = start_trackers(config, out_dir, saved_trackers(checkpoint or {}), resumed_at, evaluated_at)
@@ -195,7 +198,7 @@ def evaluate_splits():
     record = {'iter': iter_num}
     for split, tokens in splits.items():
         share = eval_batches(tokens, block_size, batch_size, eval_iters, ranks, device)
-        result = evaluate(raw_model, share, ranks, device, dtype, token_bytes, lambda: stop and stop.received)
+        result = evaluate(raw_model, share, ranks, device, dtype, token_bytes, lambda: stop and stop.on_any(ranks))
         record[f'{split}/loss'] = result.loss
     if result.bits_per_byte:
         record['val/bits_per_byte'] = result.bits_per_byte
@@ -209,11 +212,11 @@ def training_seconds():
 
 def save(is_best=False):
     """Write the whole state of the run; common/checkpoint.py says why a crash at any moment is harmless."""
-    state = {**model_entry(raw_model), 'config': dict(config), 'tokenizer': data.tokenizer, 'text': text}
+    state = {**model_entry(raw_model, ranks), 'config': dict(config), 'tokenizer': data.tokenizer, 'text': text}
     state |= {'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter}
     state |= {'evaluated_at': evaluated_at, 'windows_taken': batches.taken(iter_num), 'seconds': training_seconds()}
     state['trackers'] = log.state()
-    save_checkpoint(out_dir, state, {'optimizer': opt.state_dict(), 'scaler': scaler.state_dict()}, is_best)
+    saver.save(state, {'optimizer': opt.state_dict(), 'scaler': scaler.state_dict()}, is_best)
 
 
 if eval_only:
@@ -221,7 +224,7 @@ if eval_only:
     end(ranks)
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
-parameters = list(raw_model.parameters())
+parameters = [p for group in opt.param_groups for p in group['params']]
 stats = StepStats(parameters, device)
 watch.lap('start')
 
@@ -253,7 +256,7 @@ while True:
     elif best_val_loss <= target_val_loss > 0:
         early = f'the validation loss is down to --target_val_loss={target_val_loss}'
     finished = iter_num >= max_iters or bool(early)
-    if ranks.is_main and (stopping or due and (is_best or always_save_checkpoint or finished)):
+    if stopping or due and (is_best or always_save_checkpoint or finished):
         save(is_best)
         watch.lap('saving')
     if stopping or finished:
@@ -267,13 +270,13 @@ while True:
         group['lr'] = group['initial_lr'] * (lr / learning_rate if learning_rate else 0.0)
     micro_batches = batches.micro_batches_at(iter_num)  # of all ranks
     mean_loss = torch.zeros((), device=device)
-    for micro in range(ranks.rank, micro_batches, ranks.world_size):
-        if ranks.world_size > 1:  # ranks exchange gradients once per step, after its last micro-batch
-            model.require_backward_grad_sync = micro + ranks.world_size >= micro_batches
+    rounds = batches.rounds_at(iter_num)  # the same on all ranks; with --uneven=True some end with padding
+    for micro in range(ranks.rank, rounds * ranks.world_size, ranks.world_size):
+        sync_gradients(model, micro >= (rounds - 1) * ranks.world_size)
         if dropout:
             seed_all(seed, iter_num, micro)  # no random state to save: masks depend on the iteration alone
         with autocast(device, dtype):
-            loss = model(x, y, with_logits=False)[1] / (micro_batches // ranks.world_size)
+            loss = model(x, y, with_logits=False)[1] / (micro_batches / ranks.world_size)
         watch.lap('forward')
         x, y = batches.next()  # the next batch is prepared while an accelerator still works on this one
         watch.lap('data')
@@ -283,7 +286,7 @@ while True:
 
     # clip and step; a step with a NaN or infinite loss or gradient is skipped
     scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    grad_norm = clip_gradients(parameters, grad_clip)
     ranks.mean(mean_loss)
     skip = ~(grad_norm.isfinite() & mean_loss.isfinite())  # the same on all ranks
     log_due = iter_num % log_interval == 0
@@ -316,7 +319,7 @@ while True:
         watch.lap('logging')
 
     # once in a while: what the model writes by now
-    if tokenizer and iter_num % sample_interval == 0 and not stop.received:
+    if tokenizer and iter_num % sample_interval == 0 and not stop.on_any(ranks):
         devices.synchronize(device)  # what is still queued is training
         watch.lap('optimizer')
         with autocast(device, dtype):
@@ -324,8 +327,9 @@ while True:
         watch.lap('samples')
 
 # --- the end ----------------------------------------------------------------------------------------------------------
+saver.finish()
 log.finish()
-say('time: ' + ', '.join(f'{name} {seconds:.1f}s' for name, seconds in watch.seconds.items()))
+say(watch.summary(device))
 status = 128 + (stop.received or signal.SIGTERM) if stopping else 0  # the shell's status after a signal
 if stopping:
     say(f'stopped after {iter_num} iterations, all saved; to continue: {stop.resume_command(ranks)}')

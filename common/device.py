@@ -169,30 +169,44 @@ def seed_all(*key: int):
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def compile_or_stay_eager(model: torch.nn.Module, trial: Callable[[], object], **options) -> bool:
-    """Compile the model in place and run trial(); if that fails, warn and undo the compilation. True if it worked.
+def compile_or_stay_eager(modules: list[torch.nn.Module], trial: Callable[[], object], must=False, **options) -> bool:
+    """Compile modules in place and run trial(); if that fails, warn and undo the compilation. True if it worked.
 
-    trial: calls the model as it will be used. torch.compile is lazy, so only a call shows whether this machine has
+    must: raise UserError instead, as ranks that compute a model together cannot each decide for themselves.
+
+    trial: calls the modules as they will be used. torch.compile is lazy, so only a call shows whether this machine has
         what it needs: a C++ compiler, Triton, a supported Python.
     options: of torch.compile.
     """
-    if torch.__version__.startswith('2.6.') and model.training and next(model.parameters()).device.type == 'cpu':
+    on_cpu = next(modules[0].parameters()).device.type == 'cpu'
+    if torch.__version__.startswith('2.6.') and modules[0].training and on_cpu:
         warn(
             'torch 2.6 compiles a wrong embedding gradient on CPUs, continuing without compilation; newer versions work'
         )
         return False
     try:
-        model.compile(**options)
+        for module in modules:
+            module.compile(**options)
         trial()
         return True
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # compilers, linkers and drivers raise anything
         cause = f'{type(error).__name__}: {one_line(str(error), 150)}'
+        if must:
+            raise UserError(f'torch.compile does not work here, use --compile=False ({cause})') from error
         warn(f'torch.compile does not work here, continuing without ({cause})')
-        model._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
-        model.zero_grad(set_to_none=True)
+        for module in modules:
+            module._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
+            module.zero_grad(set_to_none=True)
         return False
+
+
+def uncompiled():
+    """A context in which compiled modules run as written, for calls too few to pay for another compilation."""
+    if 'torch._dynamo' not in sys.modules:  # nothing is compiled, and to import the compiler takes over a second
+        return nullcontext()
+    return torch.compiler.set_stance('force_eager')
 
 
 def decoding_options(device: torch.device) -> dict:
@@ -228,3 +242,9 @@ class Stopwatch:
     def mean(self, *names: str) -> float:
         """Mean seconds of a lap, summed over these names."""
         return sum(self.seconds[name] / self.laps[name] for name in names if name in self.laps)
+
+    def summary(self, device: torch.device) -> str:
+        """Seconds by kind of work and this process's peak memory, on one line."""
+        peak = peak_memory(device)
+        memory = f'; peak memory {peak / 2**20:,.0f} MiB' if peak else ''
+        return 'time: ' + ', '.join(f'{name} {seconds:.1f}s' for name, seconds in self.seconds.items()) + memory

@@ -30,6 +30,8 @@ sys.path.insert(0, str(REPO))
 torch.set_num_threads(1)
 for _module in ('common.cpu', 'common.distributed', 'common.tracking', 'generation', 'loading', 'optim'):
     importlib.import_module(_module)  # once, for all forks
+for _module in ('torch.distributed.fsdp', 'torch.distributed.checkpoint', 'torch._dynamo', 'torch._inductor.utils'):
+    importlib.import_module(_module)  # the same, for those of several ranks
 
 # a training run of a second or two
 TINY = """
@@ -147,17 +149,27 @@ def run_forked(script, *arguments, cwd, **extra: str) -> subprocess.CompletedPro
     return Forked(script, *arguments, cwd=cwd, **extra).result()
 
 
-def run_forked_ranks(world_size: int, script, *arguments, cwd) -> list[subprocess.CompletedProcess]:
-    """Run several ranks of a script, as torchrun does; when one fails, the others are killed -> CompletedProcesses."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    ranks = []
+        return free.getsockname()[1]
+
+
+def start_forked_ranks(world_size: int, script, *arguments, cwd) -> list[Forked]:
+    """Start several ranks of a script with the variables that torchrun sets; rank 0 hosts their store."""
+    port, ranks = free_port(), []
     for rank in range(world_size):
         env = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world_size, 'LOCAL_WORLD_SIZE': world_size}
         env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         env = {key: str(value) for key, value in env.items()}
         ranks.append(Forked(script, *arguments, cwd=cwd, name=f'.{rank}', **env))
+    return ranks
+
+
+def run_forked_ranks(world_size: int, script, *arguments, cwd) -> list[subprocess.CompletedProcess]:
+    """Run several ranks of a script, as torchrun does; when one fails, the others are killed -> CompletedProcesses."""
+    ranks = start_forked_ranks(world_size, script, *arguments, cwd=cwd)
     failed_at = None
     while None in (statuses := [rank.poll() for rank in ranks]):
         if any(statuses) and failed_at is None:

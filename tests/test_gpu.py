@@ -30,6 +30,21 @@ def test_a_run_is_resumed(workspace):
     assert whole == pytest.approx(parts, abs=1e-4)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('split', ['--parallel=fsdp', '--parallel=fsdp --cpu_offload=True', '', '--compile=True'])
+@pytest.mark.parametrize('kept', ['none', 'selective', 'full'])
+def test_sharded_and_checkpointed(workspace, dtype, split, kept):
+    """On one GPU, with dropout, saved in a thread, resumed: the losses of a plain run."""
+    dropout = '--dropout=0' if 'compile' in split else '--dropout=0.1'  # compiled code makes other masks
+    run = [*TINY, '--device=cuda', f'--dtype={dtype}', dropout]
+    run_ok('train.py', *run, '--out_dir=plain', cwd=workspace)
+    run += [*split.split(), f'--activation_checkpointing={kept}', '--async_save=True', '--init_from=auto']
+    for iterations in (4, 8):
+        run_ok('train.py', *run, f'--max_iters={iterations}', cwd=workspace)
+    plain, other = ([r['loss'] for r in metrics(workspace / name)[0]] for name in ('plain', 'out'))
+    assert other == pytest.approx(plain, abs=1e-3 if dtype == 'float32' else 3e-2)
+
+
 @pytest.mark.parametrize('kind', OPTIMIZERS)
 def test_a_skipped_step_changes_nothing(kind):
     """A NaN or infinite gradient leaves no trace, though the host does not wait to learn of it."""
