@@ -47,13 +47,17 @@ def device_mesh(config, ranks, device: torch.device):
     """The ranks as --parallel= arranges them -> a DeviceMesh, or None if the model is not sharded.
 
     Its last dimension shards; the first of two holds copies. config: settings as in train.py. A collective: every rank
-    must call it, after join_ranks. UserError on MPS.
+    must call it, after join_ranks. UserError where torch cannot shard.
     """
     parallel, n = config['parallel'], ranks.world_size
     if parallel == 'ddp':
         return None
     if device.type == 'mps':
         raise UserError(f'--parallel={parallel}: not on MPS; use --parallel=ddp')
+    if device.type == 'cpu' and not hasattr(torch.cpu.Stream, 'record_event'):  # torch 2.6; FSDP2 calls it
+        raise UserError(
+            f'--parallel={parallel}: torch {torch.__version__} shards on GPUs only; a newer one on CPUs too'
+        )
     if n == 1:
         join_alone(device)
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
