@@ -38,7 +38,7 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
     if init_from == 'scratch':
         vocab_size = model_vocab_size(data.tokenizer, data.vocab_size, config['vocab_multiple'])
         shape = {key: config[key] for key in SHAPE if key in config}
-        with user_errors(ValueError, RuntimeError):
+        with user_errors(ValueError):
             return empty_model(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape)), None
     if init_from == 'resume':
         path = latest(config['out_dir']) or os.path.join(config['out_dir'], LATEST)
@@ -167,6 +167,8 @@ def open_model(init_from: str, out_dir: str, name: str, dropout: float = 0.0) ->
     path = latest(out_dir, name) or os.path.join(out_dir, name) if init_from == 'resume' else init_from
     if init_from != 'resume' and has_run(init_from):
         path = latest(init_from)
+    elif os.path.basename(init_from).startswith('ckpt'):  # ckpt_best.pt is ckpt_best.json in a sharded run
+        path = latest(os.path.dirname(init_from), os.path.basename(init_from)) or path
     if init_from != 'resume' and not os.path.isfile(path):
         return *load_pretrained(init_from, dropout), {}
     checkpoint = read_whole(load_checkpoint(path))

@@ -71,6 +71,15 @@ def device_mesh(config, ranks, device: torch.device):
     return DeviceMesh.from_group([copies, shards], device.type, order, mesh_dim_names=('copy', 'shard'))
 
 
+def describe_mesh(mesh) -> str:
+    """The ranks as a mesh arranges them, for the line at the start: ', fsdp over 4', ', hsdp: 2 copies over 4 each'."""
+    if mesh is None:
+        return ''
+    return (
+        f', fsdp over {mesh.size()}' if mesh.ndim == 1 else f', hsdp: {mesh.size(0)} copies, each over {mesh.size(1)}'
+    )
+
+
 def parallelize(model, mesh, config, ranks, device: torch.device, dtype: torch.dtype, fill):
     """Put a model on the device, split as the settings say -> what the loop calls in its place.
 

@@ -23,8 +23,8 @@ def read_pretrained(name: str) -> tuple[dict, dict]:
     is_folder = os.path.isdir(name)
     if name not in HUB_NAMES and not is_folder:
         raise UserError(
-            f'--init_from={name}: must be resume, {", ".join(HUB_NAMES)}, the folder of a run, or a directory with a '
-            'Hugging Face GPT-2 (train.py also knows scratch and auto)'
+            f'--init_from={name}: must be resume, {", ".join(HUB_NAMES)}, the folder or a checkpoint of a run, or a '
+            'directory with a Hugging Face GPT-2 (train.py also knows scratch and auto)'
         )
     try:
         from transformers import AutoConfig, GPT2LMHeadModel

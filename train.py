@@ -27,7 +27,7 @@ from generation import sample_texts, tokenizer_of_samples
 from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer
 from model import GPTConfig
 from optim import StepStats, check_optimizer, clip_gradients, learning_rate_at, make_optimizer, step_unless
-from parallel import check_parallel, device_mesh, modules_to_compile, parallelize, sync_gradients
+from parallel import check_parallel, describe_mesh, device_mesh, modules_to_compile, parallelize, sync_gradients
 
 # --- settings: the defaults train GPT-2 124M on OpenWebText on 8 GPUs -------------------------------------------------
 # where and when to report
@@ -151,7 +151,7 @@ tokens_per_micro_batch = batch_size * block_size
 global_batch, train_size = gradient_accumulation_steps * tokens_per_micro_batch, len(splits['train'])
 say(
     f'{model.num_params():,} parameters, {global_batch:,} tokens per iteration, {train_size:,} to train on; '
-    f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}'
+    f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}{describe_mesh(mesh)}'
 )
 raw_model = model  # without the wrapper of DistributedDataParallel: this one is evaluated and saved
 fill = partial(fill_weights, checkpoint=checkpoint, seed=seed)
@@ -185,7 +185,7 @@ stop = None if eval_only else StopSignal()  # an evaluation alone has nothing to
 log, tokenizer = NoTracking(), None
 if sample_interval:
     tokenizer = tokenizer_of_samples(data)
-saver = Saver(out_dir, ranks, mesh is not None, async_save, keep_saves, timeout)
+saver = Saver(out_dir, ranks, mesh is not None, async_save, keep_saves, timeout, iter_num)
 if ranks.is_main and not eval_only:
     prepare_out_dir(out_dir)
     resumed_at = iter_num if checkpoint else None

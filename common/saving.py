@@ -7,6 +7,7 @@ ckpt.pt or ckpt.json last.
 import errno
 import json
 import os
+import re
 import threading
 from contextlib import suppress
 from functools import partial
@@ -36,17 +37,21 @@ from common.sharded import end_unless_main, host_copy, part, same_memory
 class Saver:
     """Saves a run in out_dir, one save at a time."""
 
-    def __init__(self, out_dir: str, ranks, sharded: bool, asynchronous: bool = False, keep: int = 1, timeout=None):
+    def __init__(self, out_dir: str, ranks, sharded: bool, asynchronous=False, keep: int = 1, timeout=None, start=None):
         """Every rank makes one, at the same time.
 
         ranks: Ranks. sharded: save in parts, each rank its own. asynchronous: write while training goes on.
         keep: the last so many saves stay. timeout: seconds after which a rank that hangs in a save ends the job.
+        start: the iteration from which the run continues; kept saves beyond it are of a future that it went back from.
         """
         self.out_dir, self.ranks, self.keep = out_dir, ranks, keep
         self.sharded, self.asynchronous = sharded, asynchronous
         self.thread = None  # that writes, while training goes on
         self.error = None  # why it failed, until that is told
         self.iter_num = None  # of ckpt.pt, if this process wrote it
+        self.abandoned = set()  # names of saves beyond the start, to be removed when there is a new one
+        with suppress(OSError):
+            self.abandoned.update(name for name in self.kept() if start is not None and iteration_of(name) > start)
         self.group = None  # of the thread's messages, which must not mix with those of training
         if asynchronous and sharded and ranks.world_size > 1:
             self.group = dist.new_group(backend='gloo', timeout=waiting_limit(timeout) if timeout else None)
@@ -262,13 +267,21 @@ class Saver:
         with suppress(OSError, UserError):
             in_use, names = self.in_use(), self.kept()
             whole = [name for name in names if name.endswith('.pt') or os.path.exists(self.path(name, LATEST_PARTS))]
-            in_use.update(whole[len(whole) - min(keep, len(whole)) :], [optimizer_file])
+            newest = {iteration_of(name): name for name in whole if name not in self.abandoned}  # one of an iteration
+            last = sorted(newest)[-keep:] if keep else []
+            in_use.update([newest[iteration] for iteration in last], [optimizer_file])
             in_use.update([optimizer_file_of(name) for name in in_use if KEPT.fullmatch(name)])
             names += [name for name in os.listdir(self.out_dir) if name.startswith('ckpt_optimizer_')]
             for name in names:
                 if name not in in_use:
                     with suppress(OSError):
                         remove(self.path(name))
+            self.abandoned.clear()
+
+
+def iteration_of(name: str) -> int:
+    """The iteration in the name of a folder or of a kept file of a save."""
+    return int(re.search(r'\d+', name)[0])
 
 
 def optimizer_file_of(name: str) -> str:
