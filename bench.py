@@ -38,7 +38,7 @@ from dataloader import DataSet, TrainBatches, dataset_name
 from generation import Context, Sample, Sampling, generate, window_start
 from loading import model_vocab_size
 from model import GPT, GPTConfig
-from optim import OPTIMIZERS, make_optimizer, step_unless
+from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless
 from parallel import CHECKPOINTING, checkpoint_activations
 from pretrained import to_hugging_face
 
@@ -153,13 +153,14 @@ def make_step(compiled):
     checkpoint_activations(model, activation_checkpointing)
     opt = make_optimizer(model, {**config.recipe, **config}, dtype=dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parameters = list(model.parameters())
 
     def step(batch):
         with autocast(device, dtype):
             loss = model(*batch, with_logits=False)[1]
         scaler.scale(loss).backward()
         scaler.unscale_(opt)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(parameters, 1.0)
         step_unless(torch.zeros((), dtype=torch.bool, device=device), opt)
         scaler.update()
         opt.zero_grad()

@@ -72,12 +72,12 @@ def device_mesh(config, ranks, device: torch.device):
 
 
 def describe_mesh(mesh) -> str:
-    """The ranks as a mesh arranges them, for the line at the start: ', fsdp over 4', ', hsdp: 2 copies over 4 each'."""
+    """What the line at the start says of a mesh: ', fsdp over 4', ', hsdp: 2 copies, each over 4', or nothing."""
     if mesh is None:
         return ''
-    return (
-        f', fsdp over {mesh.size()}' if mesh.ndim == 1 else f', hsdp: {mesh.size(0)} copies, each over {mesh.size(1)}'
-    )
+    if mesh.ndim == 1:
+        return f', fsdp over {mesh.size()}'
+    return f', hsdp: {mesh.size(0)} copies, each over {mesh.size(1)}'
 
 
 def parallelize(model, mesh, config, ranks, device: torch.device, dtype: torch.dtype, fill):

@@ -172,10 +172,9 @@ def seed_all(*key: int):
 def compile_or_stay_eager(modules: list[torch.nn.Module], trial: Callable[[], object], must=False, **options) -> bool:
     """Compile modules in place and run trial(); if that fails, warn and undo the compilation. True if it worked.
 
-    must: raise UserError instead, as ranks that compute a model together cannot each decide for themselves.
-
     trial: calls the modules as they will be used. torch.compile is lazy, so only a call shows whether this machine has
         what it needs: a C++ compiler, Triton, a supported Python.
+    must: raise UserError if it fails, as ranks that compute a model together cannot each decide for themselves.
     options: of torch.compile.
     """
     on_cpu = next(modules[0].parameters()).device.type == 'cpu'
