@@ -94,11 +94,11 @@ def parallelize(model, mesh, config, ranks, device: torch.device, dtype: torch.d
         # CPUs normalize no mixed types: there weights are gathered in float32, and autocast rounds them
         shard(model, mesh, dtype if device.type == 'cuda' else torch.float32, config['cpu_offload'])
     if any(parameter.is_meta for parameter in model.parameters()):
-        buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}  # have values
+        buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False) if not b.is_meta]
         model.to_empty(device='cpu' if config['cpu_offload'] else device)
         model.tie_weights()
-        for name, buffer in buffers.items():
-            model.get_buffer(name).copy_(buffer)
+        for module, name, buffer in buffers:  # these have values, and are needed where the model computes
+            setattr(module, name, buffer.to(device))
         fill(model)
     elif mesh is None:
         model.to(device)

@@ -197,6 +197,8 @@ def read_record(path: str) -> tuple[str, dict]:
     with user_errors(*kinds, where=f'{path} cannot be read as a checkpoint: '):
         with open(path, encoding='utf-8') as file:
             record = json.load(file)
+        if not isinstance(record, dict) or not {'folder', 'iter_num', 'files'} <= record.keys():
+            raise ValueError('it is not what a save writes; the ckpt.json in a ckpt_… folder beside it may replace it')
         folder, files = record['folder'], record['files']
         names = [folder, *files]
         if not all(isinstance(name, str) and re.fullmatch(r'[\w.-]+', name) and name.strip('.') for name in names):
