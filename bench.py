@@ -35,12 +35,12 @@ from common.distributed import Ranks
 from common.errors import UserError, user_errors
 from configurator import configure, require
 from dataloader import DataSet, TrainBatches, dataset_name
+from formats.huggingface import to_hugging_face
 from generation import Context, Sample, Sampling, generate, window_start
 from loading import model_vocab_size
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless
 from parallel import CHECKPOINTING, checkpoint_activations
-from pretrained import to_hugging_face
 
 mode = 'train'  # 'train': a training step; 'decode': generating text
 batch_size = 12  # sequences in a step
@@ -432,7 +432,7 @@ def memory_bound(n, matrix_bytes, bandwidth):
     """
     totals = range(prompt_tokens + 1, prompt_tokens + max_new_tokens)
     cached_tokens = statistics.fmean(total - window_start(total, block_size) for total in totals)
-    kv_width = model_config.n_embd // model_config.n_head * model_config.kv_heads
+    kv_width = model_config.head_dim * model_config.kv_heads
     cache_bytes = 2 * model_config.n_layer * kv_width * dtype.itemsize * cached_tokens  # per sample, on average
     return n * bandwidth / (matrix_bytes + n * cache_bytes)
 

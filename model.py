@@ -4,7 +4,7 @@ Decoder-only, pre-norm. By default it is GPT-2 under nanoGPT's names and shapes,
 there. Every other choice is a field of GPTConfig.
 
 Shapes in comments:  B batch   T tokens   S keys that a query may see (T, or all that a cache holds)   C width (n_embd)
-                     nh heads   nkv heads of keys and values   hs head size (C / nh)   V vocabulary
+                     nh heads   nkv heads of keys and values   hs head size (by default C / nh)   V vocabulary
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from common.chunked import chunked_sum
-from positions import alibi_slopes, rope_angles, rotate
+from positions import alibi_slopes, rope_angles, rope_frequencies, rotate
 
 POSITIONS = ('learned', 'rope', 'alibi', 'none')
 NORMS = ('layernorm', 'rmsnorm')
@@ -36,42 +36,49 @@ class GPTConfig:
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64, which matrix units prefer
     n_layer: int = 12  # transformer layers
     n_head: int = 12  # attention heads per layer
-    n_embd: int = 768  # width, divisible by n_head
+    n_embd: int = 768  # width
     dropout: float = 0.0  # share of activations dropped during training
     bias: bool = True  # biases in linear and normalization layers, as in GPT-2
     mlp: str = 'gelu'  # one of ACTIVATIONS; 'swiglu' has a gate, and is narrower to make up for it
     pos: str = 'learned'  # position encoding, one of POSITIONS
     norm: str = 'layernorm'  # one of NORMS
     qk_norm: bool = False  # normalize queries and keys to unit RMS, which bounds attention's logits by sqrt(hs)
+    qk_gain: bool = False  # with qk_norm: learned gains after it, one per channel of a head (Qwen3)
     n_kv_head: int = 0  # heads of keys and values, shared by groups of queries (Ainslie et al. 2023); 0: n_head
+    head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    mlp_width: int = 0  # width inside the MLP; 0: 4 n_embd, with 'swiglu' 8/3 n_embd rounded up to a multiple of 64
+    qkv_bias: bool = False  # biases of queries, keys and values, even with bias=False (Qwen2)
+    norm_eps: float = 1e-5  # added to the variance or the mean square in every norm
+    rope_base: float = 10000.0  # pos='rope': the slowest pair rotates by nearly 1 / rope_base radians per position
+    rope_scaling: str = ''  # pos='rope': stretched as in Llama 3, 'factor,low_freq_factor,high_freq_factor,block_size'
     tie_weights: bool = True  # embedding and head share one matrix (Press and Wolf 2017)
     logit_softcap: float = 0.0  # squash logits into (-cap, cap) by tanh (Gemma 2, section 2); 0: leave them
     zero_init: bool = False  # projections into the residual stream start at zero, so each layer starts as the identity
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name}={value!r}: must be a whole number of at least 1')
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: all heads are equally wide'
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout!r}: must be in [0, 1)')
+        at_least = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), 1)
+        for name, least in {**at_least, 'n_kv_head': 0, 'head_size': 0, 'mlp_width': 0}.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)!r}: must be a whole number of at least {least}')
+        for name, least, most in (('dropout', 0, 1), ('logit_softcap', 0, math.inf), ('norm_eps', 0, 1)):
+            if not least <= getattr(self, name) < most:
+                raise ValueError(f'{name}={getattr(self, name)!r}: must be at least {least} and below {most}')
         for name, known in (('mlp', ACTIVATIONS), ('pos', POSITIONS), ('norm', NORMS)):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r}: must be one of {", ".join(known)}')
-        if type(self.n_kv_head) is not int or self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
+        if self.n_embd % self.n_head and not self.head_size:
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: give a head_size')
+        if self.n_head % self.kv_heads:
             raise ValueError(f'n_kv_head={self.n_kv_head!r}: must divide n_head={self.n_head}, or be 0 for as many')
-        if self.pos == 'rope' and self.head_size % 2:
-            raise ValueError(f'n_embd={self.n_embd}, n_head={self.n_head}: pos=rope needs an even head size')
-        if not 0 <= self.logit_softcap < math.inf:
-            raise ValueError(f'logit_softcap={self.logit_softcap!r}: must be a number of at least 0')
+        if self.qk_gain and not self.qk_norm:
+            raise ValueError('qk_gain=True: needs qk_norm=True')
+        if self.pos == 'rope':
+            rope_frequencies(self)
 
     @property
-    def head_size(self):
-        return self.n_embd // self.n_head
+    def head_dim(self):
+        """Channels of a head."""
+        return self.head_size or self.n_embd // self.n_head
 
     @property
     def kv_heads(self):
@@ -79,19 +86,17 @@ class GPTConfig:
         return self.n_kv_head or self.n_head
 
     @property
-    def mlp_width(self):
-        """Width inside the MLP: 4C; with a gate 8/3 C rounded up to a multiple of 64, so that three matrices cost as
-        much as two."""
-        return -(-8 * self.n_embd // 192) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd
+    def mlp_dim(self):
+        """Width inside the MLP: with a gate 8/3 C by default, so that three matrices cost as much as two of 4C."""
+        return self.mlp_width or (-(-8 * self.n_embd // 192) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd)
 
 
 def attention_mask(config, positions, S, dtype):
     """Which keys each query attends to: all masks are made here.
 
     positions: (T,) or (B, T), of the queries; (T,) means the last T of S in every row. The keys' are 0 to S - 1.
-    dtype: of numbers that are added to the logits.
     Returns None where every query sees all keys up to itself (fused kernels need no mask for that), else a mask that
-    broadcasts to (B, nh, T, S): bool, True where a query sees a key, or numbers to add to the logits.
+    broadcasts to (B, nh, T, S): bool, True where a query sees a key, or numbers of `dtype` to add to the logits.
     """
     special = config.pos == 'alibi'  # add any other choice that hides or weighs earlier keys
     if not special and positions.dim() == 1 and positions.size(0) in (1, S):
@@ -109,8 +114,15 @@ def attention_mask(config, positions, S, dtype):
 def make_norm(config):
     """A normalization layer over C."""
     if config.norm == 'rmsnorm':
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class HeadNorm(nn.RMSNorm):
+    """Normalization of queries and keys, over hs, in the precision that they come in."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,19 +130,20 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.head_size, self.qk_norm, self.dropout = config.head_size, config.qk_norm, config.dropout
+        self.head_dim, self.dropout = config.head_dim, config.dropout
         self.layer = layer  # number of the layer, by which a cache knows it
         self.head_counts = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k and v
-        self.c_attn = nn.Linear(config.n_embd, sum(self.head_counts) * config.head_size, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.head_counts) * config.head_dim, config.bias or config.qkv_bias)
+        norm = HeadNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(config.head_dim, config.norm_eps, config.qk_gain) for _ in 'qk')
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, angles=None, cache=None):
         """x: (B, T, C) -> (B, T, C). mask: from attention_mask. angles: from rope_angles, or None."""
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2).split(self.head_counts, dim=1)
-        if self.qk_norm:
-            q, k = (F.rms_norm(heads, heads.shape[-1:], eps=1e-5) for heads in (q, k))
+        q, k, v = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.head_counts, dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:  # generation: keys and values of the earlier tokens too, see generation.KVCache
@@ -147,9 +160,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.mlp == 'swiglu'
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (2 if self.gated else 1), bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_dim * (2 if self.gated else 1), bias=config.bias)
         self.activation = ACTIVATIONS[config.mlp]
-        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -206,7 +219,7 @@ class GPT(nn.Module):
         """GPT-2's initialization: N(0, 0.02), biases zero. The two projections of each layer into the residual stream
         are scaled down by the square root of their number, so that its variance does not grow with depth (section
         2.3); with zero_init they start at zero (Zhang et al. 2019, "Fixup"). The random numbers are the CPU's on every
-        device. put(parameter, value): stores a value; of a sharded parameter, this rank's part of it."""
+        device. put(parameter, value): stores a value, or a rank's part of it."""
         std = 0.02
         for name, parameter in self.named_parameters():
             if parameter.is_meta:  # has no memory yet: loading.py gives it some and comes here again
@@ -217,7 +230,7 @@ class GPT(nn.Module):
                 nn.init.normal_(value, std=depth_std)
             elif name.endswith('.bias'):
                 nn.init.zeros_(value)
-            elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
+            elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight', 'q_norm.weight', 'k_norm.weight')):
                 nn.init.ones_(value)
             else:
                 known = ('wte.weight', 'wpe.weight', 'lm_head.weight', 'c_attn.weight', 'c_fc.weight')
@@ -235,8 +248,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if config.pos == 'learned':
             x = x + self.transformer.wpe(positions)
-        exact = torch.promote_types(x.dtype, torch.float32)  # as angles need more digits than bfloat16 has
-        angles = rope_angles(positions, config.head_size, exact) if config.pos == 'rope' else None
+        angles = rope_angles(config, positions, x.dtype) if config.pos == 'rope' else None
         mask = attention_mask(config, positions, S, x.dtype)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -251,10 +263,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, with_logits: bool = True):
         """Token ids idx (B, T) and targets (B, T), -1 where there is none -> (logits, loss).
 
-        With targets: logits (B, T, V) and the mean cross-entropy in nats, a scalar; with_logits=False returns None in
-        place of the logits, so that a large vocabulary's need never be in memory all at once. Without targets: logits
-        of the last position only, (B, 1, V), and None. cache: as in hidden().
-        """
+        With targets: logits (B, T, V) and the mean cross-entropy in nats, a scalar; with_logits=False returns no logits
+        and need never have all of a large vocabulary's in memory. Without targets: logits of the last position only,
+        (B, 1, V), and None. cache: as in hidden()."""
         x = self.hidden(idx, cache)
         if targets is None:
             return self.logits(x[:, -1:]), None
@@ -263,12 +274,9 @@ class GPT(nn.Module):
             logits = self.logits(x)
             loss = self.summed_loss(logits, targets)
         else:
-            loss = chunked_sum(self.chunk_loss, x.flatten(0, 1), targets.flatten(), max(1, max_rows), self.parameters())
+            rows = (x.flatten(0, 1), targets.flatten(), max(1, max_rows))
+            loss = chunked_sum(lambda x, y: self.summed_loss(self.logits(x), y), *rows, self.parameters())
         return logits if with_logits else None, loss / (targets >= 0).sum().clamp_min(1)
-
-    def chunk_loss(self, x, targets):
-        """Hidden states (N, C) and targets (N,) -> the sum of their cross-entropies in nats."""
-        return self.summed_loss(self.logits(x), targets)
 
     def summed_loss(self, logits, targets):
         """Logits (..., V) and targets (...), -1 where there is none -> the sum of their cross-entropies in nats."""
@@ -277,41 +285,33 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, override_args: dict | None = None) -> 'GPT':
-        """GPT-2 weights from the Hugging Face hub ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') or a folder, in
-        float32 on the CPU. override_args: other values of GPTConfig, such as dropout. UserError as read_pretrained."""
-        from pretrained import read_pretrained
+        """A pretrained model in float32 on the CPU. name: 'gpt2', another name on the Hugging Face hub, a folder or a
+        .gguf file. override_args: other values of GPTConfig, such as dropout. UserError as pretrained_model."""
+        from pretrained import pretrained_model
 
-        fields, weights = read_pretrained(name)
-        model = cls(GPTConfig(**{**fields, **(override_args or {})}))
-        model.load_state_dict(weights)
-        return model
+        return pretrained_model(name, lambda fields: cls(GPTConfig(**{**fields, **(override_args or {})})))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
-        """Extend each row of idx (B, T), T >= 1, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
-
-        temperature, top_k and the rest: see generation.Sampling. Seeded by torch's global generator. Call eval()
-        first, or dropout is active.
-        """
+        """Extend each row of idx (B, T), T >= 1, by max_new_tokens sampled tokens -> (B, T + max_new_tokens). sampling:
+        fields of generation.Sampling. Seeded by torch's global generator. Call eval() first, or dropout is active."""
         from generation import generate_rows
 
         return generate_rows(self, idx, max_new_tokens, temperature=temperature, top_k=top_k or 0, **sampling)
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, without the position embeddings unless non_embedding=False."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        positions = self.transformer.wpe.weight.numel() if self.config.pos == 'learned' else 0
-        return total - positions if non_embedding else total
+        omitted = self.transformer.wpe.weight.numel() if non_embedding and self.config.pos == 'learned' else 0
+        return sum(parameter.numel() for parameter in self.parameters()) - omitted
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token of a full block (PaLM, Chowdhery et al. 2022,
-        appendix B): 6 per parameter of a matrix product, and 12 per layer, channel and position in attention."""
+        """FLOPs of forward and backward per token of a full block (PaLM, Chowdhery et al. 2022, appendix B): 6 per
+        parameter of a matrix product, and 12 per layer, channel of a query and position in attention."""
         config = self.config
         multiplied = self.num_params() - (0 if config.tie_weights else self.transformer.wte.weight.numel())
-        return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.block_size
+        return 6 * multiplied + 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
 
     def crop_block_size(self, block_size: int):
-        """Shorten the context to block_size tokens by dropping the later position embeddings. ValueError if the model
-        has fewer."""
+        """Shorten the context, dropping the later position embeddings. ValueError if the model has fewer."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'block_size={block_size}: can only be cropped, from {self.config.block_size} positions')
         self.config.block_size = block_size

@@ -298,7 +298,11 @@ def muon(named: dict, config: dict, ranks: Ranks, dtype: torch.dtype) -> Muon:
     groups = decay_groups([p for name, p in named.items() if name not in hidden], config['weight_decay'])
     options = {'lr': config['muon_learning_rate'], 'momentum': config['muon_momentum']}
     groups.append({'params': list(hidden.values()), 'weight_decay': config['weight_decay'], **options})
-    row_splits = {p: qkv_rows(p) for name, p in hidden.items() if name.endswith('c_attn.weight')}
+    row_splits = {}  # c_attn's weight is three matrices, queries', keys' and values': Muon works on each alone
+    for name, p in hidden.items():
+        if name.endswith('c_attn.weight'):
+            q = hidden[name.replace('c_attn', 'c_proj')].size(1)  # as many rows as heads have channels together
+            row_splits[p] = [q, (len(p) - q) // 2, (len(p) - q) // 2]
     betas = (config['beta1'], config['beta2'])
     iteration_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     return Muon(groups, config['learning_rate'], betas, row_splits, ranks, iteration_dtype)
@@ -306,12 +310,6 @@ def muon(named: dict, config: dict, ranks: Ranks, dtype: torch.dtype) -> Muon:
 
 # Choices of --optimizer=: (named parameters, settings, ranks, dtype) -> torch.optim.Optimizer. A new one is one line.
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}
-
-
-def qkv_rows(weight: torch.Tensor) -> list[int]:
-    """Rows of c_attn's weight for queries, keys and values: three matrices for Muon, which works on each alone."""
-    q = weight.size(1)
-    return [q, (len(weight) - q) // 2, (len(weight) - q) // 2]
 
 
 # --- schedule and diagnostics -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from optim import OPTIMIZERS, make_optimizer, step_unless
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device here')]
 LONG = ['--max_iters=20', '--lr_decay_iters=20', '--dropout=0']
-MODERN = '--pos=rope --norm=rmsnorm --mlp=swiglu --qk_norm=True --n_kv_head=1 --optimizer=muon'.split()
+MODERN = '--pos=rope --norm=rmsnorm --mlp=swiglu --qk_norm=True --qk_gain=True --n_kv_head=1 --optimizer=muon'.split()
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 2e-3), ('bfloat16', 3e-2), ('float16', 3e-2)])

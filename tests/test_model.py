@@ -1,4 +1,4 @@
-"""The transformer against Hugging Face, against a naive float64 computation, and against its own properties."""
+"""The transformer against a naive float64 computation, and its own properties; Hugging Face's: test_pretrained.py."""
 
 import math
 
@@ -8,7 +8,6 @@ from conftest import SHARED  # noqa: F401  (puts the repository on the path)
 from nanogpt_reference import ReferenceGPT
 
 import model as model_module
-from loading import load_pretrained
 from model import GPT, GPTConfig, attention_mask
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
@@ -41,6 +40,15 @@ OPTIONS = [
     dict(qk_norm=True),
     dict(n_kv_head=2),
     dict(n_kv_head=1),
+    dict(head_size=24),
+    dict(mlp_width=40),
+    dict(mlp='swiglu', mlp_width=40, head_size=6, n_kv_head=2),
+    dict(bias=False, qkv_bias=True),
+    dict(norm_eps=0.1),
+    dict(norm='rmsnorm', norm_eps=0.1, qk_norm=True),
+    dict(pos='rope', qk_norm=True, qk_gain=True),
+    dict(pos='rope', rope_base=500.0),
+    dict(pos='rope', rope_scaling='4,1,3,24'),
     dict(tie_weights=False),
     dict(logit_softcap=3.0),
     dict(pos='rope', norm='rmsnorm', mlp='relu2', qk_norm=True, bias=False, zero_init=True),
@@ -66,51 +74,6 @@ def test_equals_naive_float64(ids, options, fused_attention):
     torch.testing.assert_close(model.double()(ids, ids)[0], expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model(ids)[0], expected[:, -1:], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.float()(ids)[0].double(), expected[:, -1:], rtol=1e-3, atol=1e-3)
-
-
-def test_equals_hugging_face_llama(ids):
-    """Rotary positions, RMS norm, SwiGLU, grouped queries and an untied head are Llama's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = GPTConfig(**SHAPE, bias=False, pos='rope', norm='rmsnorm', mlp='swiglu', n_kv_head=2, tie_weights=False)
-    theirs = randomized(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=97,
-                hidden_size=64,
-                intermediate_size=config.mlp_width,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=32,
-                rms_norm_eps=1e-5,
-                rope_theta=10000.0,
-                tie_word_embeddings=False,
-            )
-        )
-    )
-    weights = theirs.state_dict()
-    names = {
-        'transformer.wte.weight': 'model.embed_tokens.weight',
-        'transformer.ln_f.weight': 'model.norm.weight',
-        'lm_head.weight': 'lm_head.weight',
-    }
-    ours = {name: weights[their_name] for name, their_name in names.items()}
-    for layer in range(3):
-        here, there = f'transformer.h.{layer}.', f'model.layers.{layer}.'
-        ours[here + 'ln_1.weight'] = weights[there + 'input_layernorm.weight']
-        ours[here + 'ln_2.weight'] = weights[there + 'post_attention_layernorm.weight']
-        ours[here + 'attn.c_attn.weight'] = torch.cat(
-            [weights[f'{there}self_attn.{part}_proj.weight'] for part in 'qkv']
-        )
-        ours[here + 'attn.c_proj.weight'] = weights[there + 'self_attn.o_proj.weight']
-        ours[here + 'mlp.c_fc.weight'] = torch.cat(
-            [weights[f'{there}mlp.{part}_proj.weight'] for part in ('gate', 'up')]
-        )
-        ours[here + 'mlp.c_proj.weight'] = weights[there + 'mlp.down_proj.weight']
-    model = GPT(config).eval()
-    model.load_state_dict(ours)
-    torch.testing.assert_close(model(ids, ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('n_head', [1, 2, 6, 8, 12])
@@ -219,45 +182,6 @@ def test_no_targets_at_all(ids, monkeypatch):
     assert loss == 0 and not any(p.grad.any() for p in model.parameters())
 
 
-@pytest.fixture(params=['gelu_new', 'gelu'])
-def hugging_face_gpt2(request, tmp_path):
-    """A random GPT-2 of Hugging Face's in a folder -> (model, folder)."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=3,
-        n_head=4,
-        n_embd=64,
-        n_positions=32,
-        vocab_size=97,
-        activation_function=request.param,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = randomized(GPT2LMHeadModel(config))
-    model.save_pretrained(tmp_path)
-    return model, str(tmp_path)
-
-
-def test_equals_hugging_face(hugging_face_gpt2, ids):
-    theirs, folder = hugging_face_gpt2
-    ours, tokenizer = load_pretrained(folder)
-    assert tokenizer is None
-    torch.testing.assert_close(ours.eval()(ids, ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    nanogpts_way = GPT.from_pretrained(folder, override_args={'dropout': 0.1})
-    assert nanogpts_way.config.dropout == 0.1 and torch.equal(nanogpts_way.eval()(ids, ids)[0], ours(ids, ids)[0])
-    expected = theirs.generate(
-        ids[:, :5],
-        max_new_tokens=27,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        attention_mask=torch.ones(2, 5, dtype=torch.long),
-    )
-    assert ours.generate(ids[:, :5], 27, temperature=0).tolist() == expected.tolist()
-
-
 def test_a_position_sees_no_later_one(ids):
     model = randomized(GPT(GPTConfig(**SHAPE)))
     changed = ids.clone()
@@ -349,6 +273,16 @@ def test_cropping_keeps_the_function(ids):
         dict(n_kv_head=3),
         dict(n_kv_head=-1),
         dict(pos='rope', n_embd=12),
+        dict(pos='rope', head_size=7),
+        dict(pos='rope', rope_base=0.5),
+        dict(pos='rope', rope_scaling='8,1,4'),
+        dict(pos='rope', rope_scaling='8,4,1,8192'),
+        dict(pos='rope', rope_scaling='nan,1,4,8192'),
+        dict(head_size=-1),
+        dict(mlp_width=2.5),
+        dict(qk_gain=True),
+        dict(norm_eps=-1e-5),
+        dict(norm_eps=math.nan),
         dict(logit_softcap=-1.0),
         dict(logit_softcap=math.nan),
     ],

@@ -118,7 +118,7 @@ def test_edits_hold_under_sharding(workspace):
             '        self.gain = nn.Parameter(torch.ones(config.n_embd))\n'
             '        self.tie_weights()\n        self.init_weights()',
         ),
-        ('model.py', "'ln_2.weight', 'ln_f.weight')", "'ln_2.weight', 'ln_f.weight', 'gain')"),
+        ('model.py', "'q_norm.weight', 'k_norm.weight')", "'q_norm.weight', 'k_norm.weight', 'gain')"),
         (
             'model.py',
             'return self.transformer.ln_f(x)',
