@@ -7,7 +7,7 @@ import torch
 
 from common.device import autocast, uncompiled
 from common.errors import UserError, say
-from tokenizer import GPT2_SPEC, gpt2_is_cached, load_tokenizer
+from tokenizer import gpt2_is_cached, load_tokenizer
 
 
 @dataclass
@@ -62,7 +62,7 @@ def bytes_per_token(spec: dict | None, download: bool = True):
     not pieces of text, or, with a line that says so, if the tokenizer cannot be loaded. download=False: GPT-2's only
     from tiktoken's cache, as a download can hang behind a firewall."""
     try:
-        if not download and spec == GPT2_SPEC and not gpt2_is_cached():
+        if not download and spec and spec['kind'] == 'gpt2' and not gpt2_is_cached():
             raise UserError("GPT-2's vocabulary has not been downloaded; evaluate.py does it")
         return load_tokenizer(spec).token_bytes() if spec else None
     except UserError as error:

@@ -6,27 +6,37 @@ A tokenizer is described by a spec, a small dict that is stored with the data se
     {'kind': 'gpt2'}                                                     GPT-2's BPE
     {'kind': 'bpe', 'json': '…'}                                         a BPE trained here
     {'kind': 'tokenizers', 'json': '…', 'end_of_text': '</s>'}           any other tokenizer of the tokenizers library
-'json' is the content of a tokenizer.json; 'end_of_text' is optional.
+'json' is the content of a tokenizer.json; 'end_of_text' is optional. Any spec may also carry what a model's tokenizer
+files say beside the ids:
+    'chat_template': '{% for …'                                          how messages become text, in Jinja
+    'special_tokens': {'bos_token': '<s>', 'eos_token': '</s>'}          tokens by role, see SPECIAL_TOKENS
+tokenizer_files.py reads specs from other people's files, and writes them there.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterable
+from contextlib import contextmanager
 
 import numpy as np
 
-from common.errors import UserError, one_line, user_errors
+from common.byte_bpe import GPT2_PATTERN, byte_characters, fast_bpe, merge_pairs
+from common.errors import UserError, one_line, warn
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_SPEC = {'kind': 'gpt2'}
 GPT2_FILES = ('vocab.bpe', 'encoder.json')  # that tiktoken downloads
 GPT2_FINGERPRINT = 'f5b6a7fc254ad51111d01578f18dd2d76307c562f14b0f3e7c0346c221607ec3'  # see fingerprint
 MAX_VOCAB_SIZE = 10**7  # ids in a tokenizer.json: lists of this length still fit into memory
+MAX_TEMPLATE = 10**6  # characters of a chat template; real ones have a few thousand
+SPECIAL_TOKENS = ('bos_token', 'eos_token', 'unk_token', 'pad_token')
 END_OF_TEXT = '<|endoftext|>'
+FAST_AFTER = 100_000  # characters encoded, after which making the faster encoder pays
 
 
 def replace_surrogates(text: str) -> str:
@@ -42,6 +52,7 @@ class CharTokenizer:
     """One id per character, in the order of `chars`. Lossless."""
 
     end_of_text = None  # the id that ends a text, if there is one
+    prefix = []  # the ids that a model wants before a text, such as Llama's BOS
 
     def __init__(self, chars):
         self.chars = chars
@@ -83,7 +94,7 @@ class CharTokenizer:
 class ByteTokenizer:
     """UTF-8: the ids 0 to 255 are bytes, 256 ends a text. Encodes any text without training."""
 
-    vocab_size, end_of_text = 257, 256
+    vocab_size, end_of_text, prefix = 257, 256, []
 
     def encode(self, text, special=False):
         """text -> ids, int32. special: '<|endoftext|>' is the token, else text. Lone surrogates become U+FFFD."""
@@ -107,6 +118,8 @@ class ByteTokenizer:
 
 class TiktokenTokenizer:
     """A byte-level BPE run by tiktoken: GPT-2's, or one trained here (see load_bpe)."""
+
+    prefix = []
 
     def __init__(self, bpe, spec):
         self.bpe, self._spec = bpe, spec
@@ -161,8 +174,8 @@ def gpt2_is_cached() -> bool:
     return all(os.path.exists(os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())) for url in urls)
 
 
-def load_bpe(json_text):
-    """Load a BPE trained here from its tokenizer.json. ValueError if it is any other tokenizer.
+def load_bpe(spec):
+    """Load a BPE trained here from its spec. ValueError if its tokenizer.json is that of any other tokenizer.
 
     tiktoken encodes several times as fast as the tokenizers library. The library applies its list of merges in order;
     tiktoken merges the pair of neighbours whose union has the lowest id. Both give the same ids for a vocabulary
@@ -170,7 +183,7 @@ def load_bpe(json_text):
     """
     tiktoken = import_tiktoken('this vocabulary')
     try:
-        vocab = json.loads(json_text)['model']['vocab']
+        vocab = json.loads(spec['json'])['model']['vocab']
         end_of_text = vocab[END_OF_TEXT]
         byte_of = {char: byte for byte, char in enumerate(byte_characters())}
         ranks = {bytes(byte_of[char] for char in token): id for token, id in vocab.items() if token != END_OF_TEXT}
@@ -188,21 +201,7 @@ def load_bpe(json_text):
     bpe = tiktoken.Encoding(
         'bpe', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
     )
-    return TiktokenTokenizer(bpe, {'kind': 'bpe', 'json': json_text})
-
-
-# GPT-2 splits text by this pattern and merges bytes only within the pieces (Radford et al. 2019, OpenAI's encoder.py)
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def byte_characters():
-    """The character that represents each byte in a tokenizer.json, as in GPT-2's -> list of 256.
-
-    Visible characters represent themselves, the other bytes get the characters 256 and up.
-    """
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+    return TiktokenTokenizer(bpe, spec)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
@@ -250,23 +249,30 @@ def import_tokenizers(what):
     return tokenizers
 
 
+@contextmanager
+def library_errors(what):
+    """Turn what the tokenizers library raises in the block into ValueError: plain Exception, or a panic of its own."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+            raise  # Ctrl-C
+        raise ValueError(f'{what}: {error}') from error
+
+
 class HuggingFaceTokenizer:
     """Any tokenizer of the tokenizers library, from the content of its tokenizer.json."""
 
-    def __init__(self, json, end_of_text=None):
-        """json: the content of a tokenizer.json.
+    def __init__(self, spec):
+        """spec: its 'json' is the content of a tokenizer.json, its 'end_of_text' the token that ends a text; without
+        the latter, that is '<|endoftext|>' if the vocabulary has it.
 
-        end_of_text: the token that ends a text; None: '<|endoftext|>' if the vocabulary has it.
-        ValueError if json is not a tokenizer or lacks that token.
+        ValueError if it is not a tokenizer or lacks that token.
         """
         tokenizers = import_tokenizers('this tokenizer')
-        self.json, self._spec = json, {'kind': 'tokenizers', 'json': json}
-        if end_of_text:
-            self._spec['end_of_text'] = end_of_text
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f'not a tokenizer.json of the tokenizers library: {error}') from error
+        self._spec, self.json, end_of_text = spec, spec['json'], spec.get('end_of_text')
+        with library_errors('not a tokenizer.json of the tokenizers library'):
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.json)
         self.tokenizer.no_truncation()  # some files ask for the context length of a model
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
@@ -274,23 +280,55 @@ class HuggingFaceTokenizer:
             raise ValueError(f'its ids go up to {self.vocab_size - 1}')
         # without the tokens added after the vocabulary
         self.text_vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-        self.drops_unknown = drops_unknown(json)
+        description = json.loads(self.json)
+        self.drops_unknown = drops_unknown(description)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {id: token.content for id, token in added.items() if token.special}
         self.end_of_text = self.tokenizer.token_to_id(end_of_text or END_OF_TEXT)
         if end_of_text and self.end_of_text is None:
             raise ValueError(f'its end of text, {end_of_text!r}, is not in the vocabulary')
+        self.encoded = 0  # characters, see encode
+        self.missing_bytes = None  # a pattern, see encode
+        if is_byte_level(description) and not getattr(self.tokenizer.model, 'unk_token', None):
+            known = self.tokenizer.get_vocab()
+            missing = bytes(byte for byte, char in enumerate(byte_characters()) if char not in known)
+            self.missing_bytes = re.compile(b'[' + re.escape(missing) + b']') if missing else None
+
+    @functools.cached_property
+    def fast(self):
+        """The same tokenizer in tiktoken, None if that would not give the same ids."""
+        return fast_bpe(json.loads(self.json), self.tokenizer)
+
+    @functools.cached_property
+    def prefix(self):
+        """The ids that the model wants before a text, such as Llama's BOS, [] for none."""
+        processor = json.loads(self.json).get('post_processor') or {}
+        steps = processor.get('processors', [processor])
+        template = next((step for step in steps if step.get('type') == 'TemplateProcessing'), {'single': []})
+        before = itertools.takewhile(lambda piece: 'SpecialToken' in piece, template['single'])
+        return [id for piece in before for id in template['special_tokens'][piece['SpecialToken']['id']]['ids']]
 
     def encode(self, text, special=False):
-        """text -> ids, int32. special: read special tokens such as '<|endoftext|>' as tokens, not as text.
+        """text -> ids, int32. special: special tokens such as '<|endoftext|>' are tokens, else text. Lone surrogates
+        become U+FFFD.
 
-        ValueError names the first character that the tokenizer has no token for.
+        ValueError names the first character that the tokenizer has no token for. Some byte-level vocabularies lack
+        bytes that were not in their training text, and models are trained without them: these are left out, with one
+        line of warning.
         """
+        text = replace_surrogates(text)
+        if self.missing_bytes and self.missing_bytes.search(text.encode()):
+            lost = self.missing_bytes.search(text.encode())[0]
+            warn(f'the tokenizer has no token for the byte {lost!r} and possibly others: they are left out of the text')
+            self.missing_bytes = None  # once is enough
+        self.encoded += len(text)
+        ids = self.fast.encode(text, special) if self.encoded > FAST_AFTER and self.fast else None
+        return self.encode_by_library(text, special) if ids is None else ids
+
+    def encode_by_library(self, text, special):
         self.tokenizer.encode_special_tokens = not special
-        try:
+        with library_errors('the tokenizer cannot encode this text'):
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises plain Exception, or TypeError for invalid Unicode
-            raise ValueError(f'the tokenizer cannot encode this text: {error}') from error
         ids = encoded.ids
         if self.drops_unknown:
             known = np.zeros(len(text), dtype=bool)
@@ -306,7 +344,9 @@ class HuggingFaceTokenizer:
             # after its first character separately, so that it stays text. The library would give the token.
             cuts = [0, *(match.start() + 1 for match in re.finditer('|'.join(map(re.escape, words)), text)), len(text)]
             if len(cuts) > 2:
-                return np.concatenate([self.encode(text[start:end]) for start, end in zip(cuts, cuts[1:])])
+                return np.concatenate(
+                    [self.encode_by_library(text[start:end], False) for start, end in zip(cuts, cuts[1:])]
+                )
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids):
@@ -326,9 +366,8 @@ class HuggingFaceTokenizer:
         return self._spec
 
 
-def drops_unknown(text):
-    """Does the library silently skip unknown characters with this tokenizer.json?"""
-    description = json.loads(text)
+def drops_unknown(description):
+    """Does the library silently skip unknown characters with this parsed tokenizer.json?"""
     model = description['model']
     return (
         not is_byte_level(description)
@@ -341,99 +380,6 @@ def drops_unknown(text):
 def is_byte_level(description):
     """Are the tokens of a parsed tokenizer.json bytes, written as byte_characters()?"""
     return (description.get('decoder') or {}).get('type') == 'ByteLevel'
-
-
-# --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
-
-
-def read_tokenizer(path: str) -> dict | None:
-    """Read the tokenizer of a Hugging Face model -> its spec, or None if there is none.
-
-    path: a tokenizer.json, or a folder with one or with the vocab.json and merges.txt of GPT-2's format.
-    The files beside it name the token that ends a text, see named_end_of_text. UserError if a file is damaged or in
-    another format.
-    """
-    file = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
-    folder = os.path.dirname(file)
-    vocabulary, merges = os.path.join(folder, 'vocab.json'), os.path.join(folder, 'merges.txt')
-    if os.path.exists(file):
-        with user_errors(OSError, ValueError, where=f'cannot read {file}: '), open(file, encoding='utf-8') as opened:
-            tokenizer = HuggingFaceTokenizer(opened.read())
-    elif os.path.exists(vocabulary) and os.path.exists(merges):
-        with user_errors(OSError, ValueError, where=f'cannot read {vocabulary} and {merges}: '):
-            tokenizer = HuggingFaceTokenizer(from_vocabulary_and_merges(folder, vocabulary, merges))
-    else:
-        return None
-    return HuggingFaceTokenizer(tokenizer.json, named_end_of_text(folder, tokenizer.tokenizer)).spec()
-
-
-def from_vocabulary_and_merges(folder, vocabulary, merges):
-    """Convert vocab.json and merges.txt of GPT-2's format -> the content of a tokenizer.json.
-
-    Adds the special tokens named in the files beside them. ValueError if they are damaged or of another format.
-    """
-    settings = read_object(folder, 'tokenizer_config.json')
-    kind = settings.get('tokenizer_class')
-    if kind not in (None, 'GPT2Tokenizer', 'GPT2TokenizerFast'):  # others split text in ways that these files lack
-        raise ValueError(
-            f'they are those of a {kind}, which only a tokenizer.json describes completely: save one with transformers'
-        )
-    try:
-        tokenizer = import_tokenizers('this tokenizer').ByteLevelBPETokenizer(
-            vocabulary, merges, add_prefix_space=settings.get('add_prefix_space') is True
-        )
-    except UserError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(str(error)) from error
-    added = read_object(folder, 'added_tokens.json')
-    for id, token in dict(settings.get('added_tokens_decoder') or {}).items():
-        added[str(token.get('content') if isinstance(token, dict) else token)] = int(id)
-    if not all(type(id) is int for id in added.values()):
-        raise ValueError('added_tokens.json beside them does not map tokens to ids')
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([END_OF_TEXT])  # otherwise it would be split like text
-    for token in sorted(added, key=added.get):
-        tokenizer.add_special_tokens([token])
-        if tokenizer.token_to_id(token) != added[token]:  # the library gives a new token the next id
-            raise ValueError(
-                f'the token {token!r} cannot have the id {added[token]} that the files beside them give it'
-            )
-    return tokenizer.to_str()
-
-
-def named_end_of_text(folder, tokenizer):
-    """The token that ends a text according to the files in a model's folder, None if they name none.
-
-    It is the first eos token of tokenizer_config.json, special_tokens_map.json, generation_config.json or config.json
-    that the tokenizer (of the tokenizers library) has.
-    """
-    for name in ('tokenizer_config.json', 'special_tokens_map.json'):
-        token = read_object(folder, name).get('eos_token')
-        token = token.get('content') if isinstance(token, dict) else token
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
-            return token
-    special = tokenizer.get_added_tokens_decoder()
-    for name in ('generation_config.json', 'config.json'):
-        ids = read_object(folder, name).get('eos_token_id')
-        # Some files hold GPT-2's id by default, which here may be any word: only the id of a special token counts.
-        for id in ids if isinstance(ids, list) else [ids]:
-            if type(id) is int and id in special and special[id].special:
-                return special[id].content
-    return None
-
-
-def read_object(folder, name):
-    """Read a JSON file that holds an object -> dict, {} if there is no such file. UserError for anything else."""
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        return {}
-    with user_errors(OSError, ValueError, RecursionError, where=f'cannot read {path}: '):
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-        if not isinstance(content, dict):
-            raise ValueError('it holds no JSON object')
-        return content
 
 
 class TextStream:
@@ -526,7 +472,7 @@ def tokens_and_merges(spec):
         return dict(enumerate(spec['chars'])), [], len(spec['chars'])
     if spec['kind'] == 'byte':
         return {**{byte: bytes((byte,)) for byte in range(256)}, 256: END_OF_TEXT.encode()}, [], 257
-    tokenizer, description = HuggingFaceTokenizer(spec['json']), json.loads(spec['json'])
+    tokenizer, description = HuggingFaceTokenizer(spec), json.loads(spec['json'])
     byte_of = {char: byte for byte, char in enumerate(byte_characters())} if is_byte_level(description) else {}
     ids = tokenizer.tokenizer.get_vocab()
     tokens = {id: token for token, id in ids.items()}
@@ -535,8 +481,7 @@ def tokens_and_merges(spec):
             tokens[id] = bytes(map(byte_of.get, token))
     for id, token in tokenizer.tokenizer.get_added_tokens_decoder().items():  # stored as plain text
         tokens[id] = token.content.encode('utf-8', 'surrogatepass') if byte_of else token.content
-    merges = (pair.split(' ') if isinstance(pair, str) else pair for pair in description['model'].get('merges') or ())
-    return tokens, [ids.get(''.join(pair)) for pair in merges], tokenizer.text_vocab_size
+    return tokens, [ids.get(''.join(pair)) for pair in merge_pairs(description)], tokenizer.text_vocab_size
 
 
 def check_spec(spec: object) -> dict:
@@ -551,6 +496,16 @@ def check_spec(spec: object) -> dict:
         raise ValueError("a tokenizer of the tokenizers library needs 'json', the content of its tokenizer.json")
     if not isinstance(spec.get('end_of_text', ''), str):
         raise ValueError("'end_of_text' of a tokenizer must be the text of a token")
+    template = spec.get('chat_template', '')
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
+        raise ValueError(f"'chat_template' of a tokenizer must be a text of at most {MAX_TEMPLATE:,} characters")
+    named = spec.get('special_tokens', {})
+    if not isinstance(named, dict) or not all(
+        role in SPECIAL_TOKENS and isinstance(token, str) and len(token) <= 1000 for role, token in named.items()
+    ):
+        raise ValueError(
+            f"'special_tokens' of a tokenizer may name {', '.join(SPECIAL_TOKENS)}, each the text of a token"
+        )
     return spec
 
 
@@ -563,7 +518,7 @@ def load_tokenizer(spec):
         return ByteTokenizer()
     if kind == 'gpt2':
         return load_gpt2()
-    return load_bpe(spec['json']) if kind == 'bpe' else HuggingFaceTokenizer(spec['json'], spec.get('end_of_text'))
+    return load_bpe(spec) if kind == 'bpe' else HuggingFaceTokenizer(spec)
 
 
 def spec_from_meta(meta: dict) -> dict | None:

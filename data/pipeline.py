@@ -28,7 +28,8 @@ from common.errors import UserError, user_errors
 from common.files import LOCK, lock_folder, unlock_folder, written_whole
 from data.sources import Documents, Files, Hub, pieces_of
 from data.worker import Job, Workers, split_of
-from tokenizer import CharTokenizer, load_tokenizer, read_tokenizer, spec_end_of_text, train_bpe
+from formats.tokenizer_files import read_tokenizer
+from tokenizer import CharTokenizer, load_tokenizer, spec_end_of_text, train_bpe
 
 Source = Documents | Files | Hub
 SPLITS = ('train', 'val')
@@ -55,7 +56,7 @@ def write_dataset(
 
     out_dir: its folder.
     source: the text, see sources.py.
-    kind: the tokenizer: 'char', 'byte', 'gpt2', 'bpe' (trained on the text), or the path of a Hugging Face tokenizer.
+    kind: the tokenizer: 'char', 'byte', 'gpt2', 'bpe' (trained on the text), or the path of a model's tokenizer.
     vocab_size: for 'bpe'.
     shard_tokens: ids per file; 0: all in one file.
     max_tokens: stop after the unit that reaches this many train tokens; 0: take everything.
@@ -102,17 +103,21 @@ def write_dataset(
 
 
 def read_foreign(path, source):
-    """Read the Hugging Face tokenizer at --tokenizer=path -> its spec. UserError if it cannot encode the source."""
+    """Read the tokenizer of a model at --tokenizer=path -> its spec. UserError if it cannot encode the source."""
     if not os.path.exists(path):
         raise UserError(
-            f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, '
-            'or its folder'
+            f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, or its '
+            'folder, or a .gguf file, and there is no such file'
         )
-    spec = read_tokenizer(path)
+    if path.endswith('.gguf') and os.path.isfile(path):
+        from formats.gguf_model import gguf_tokenizer  # only here: most data sets need no GGUF
+
+        spec, lacking = gguf_tokenizer(path), 'it holds no tokenizer'
+    else:
+        spec = read_tokenizer(path)
+        lacking = "there is no tokenizer.json in it, nor GPT-2's kind of vocab.json and merges.txt"
     if not spec:
-        raise UserError(
-            f"--tokenizer={path}: there is no tokenizer.json in it, nor GPT-2's kind of vocab.json and merges.txt"
-        )
+        raise UserError(f'--tokenizer={path}: {lacking}')
     if not source.single and spec_end_of_text(spec) is None:
         raise UserError(
             f'--tokenizer={path}: it does not say which token ends a document: name it as "eos_token" in a '

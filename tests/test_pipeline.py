@@ -28,7 +28,7 @@ from data.pipeline import write_dataset
 from data.sources import Documents, Files, pieces_of, safe_cut
 from data.worker import Job, Workers, document_hash
 from dataloader import Tokens, read_meta
-from tokenizer import ByteTokenizer, load_tokenizer
+from tokenizer import FAST_AFTER, ByteTokenizer, load_tokenizer, same_ids, train_bpe
 
 WORDS = ['the', ' a', 'Größe', '中文', '\n', '\n\n', '  ', '1999', "'s", '...', 'naïve', '😀', '\t', 'code(x)']
 WORDS += ['<|endoftext|>', '\u3000', '\x1c', 'e\u0301']
@@ -380,7 +380,7 @@ def test_the_same_bytes_with_any_interruptions_and_workers(tmp_path, monkeypatch
 @pytest.fixture
 def data_folder(tmp_path):
     """A copy of the scripts and data/NAME/prepare.py, so that nothing is written into the repository."""
-    for pattern in ('*.py', 'common/*.py', 'data/*.py', 'data/*/prepare.py'):
+    for pattern in ('*.py', 'common/*.py', 'formats/*.py', 'data/*.py', 'data/*/prepare.py'):
         for path in REPO.glob(pattern):
             target = tmp_path / path.relative_to(REPO)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -891,6 +891,78 @@ def test_invalid_tokenizers(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         write_dataset(str(tmp_path / 'data'), Files(str(path), 0.1), str(path / name))
     assert not (tmp_path / 'data').exists()
+
+
+@pytest.fixture(scope='module')
+def byte_level_folder(tmp_path_factory):
+    """A model's folder with a byte-level BPE that splits as SmolLM2's does, and a chat template."""
+    tokenizers = pytest.importorskip('tokenizers')
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = tokenizers.Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    library.decoder = decoders.ByteLevel()
+    special, alphabet = ['<|endoftext|>', '<|im_end|>'], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(make_documents(300), trainer)
+    folder = tmp_path_factory.mktemp('model')
+    library.save(str(folder / 'tokenizer.json'))
+    settings = {'eos_token': '<|im_end|>', 'bos_token': '<|endoftext|>', 'chat_template': '{{ messages }}'}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_byte_level_tokenizer_of_a_model(tmp_path, byte_level_folder):
+    """A text long enough for tiktoken: the ids are the library's. The data set keeps all that the folder says."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_file(str(byte_level_folder / 'tokenizer.json'))
+    library.encode_special_tokens = True
+    documents = [4 * text + ' 2026 <|im_end|>' for text in make_documents(900)]
+    assert len(''.join(documents)) > 2 * FAST_AFTER
+    path = str(write_input(tmp_path / 'in', 'jsonl', documents))
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(byte_level_folder), workers=1)
+    meta = read_meta(str(tmp_path / 'data'))
+    chosen = [text for text in documents if document_hash(text) >= 0.1 * 2**64]
+    expected = [i for text in chosen for i in [*library.encode(text, add_special_tokens=False).ids, 1]]
+    assert Tokens(str(tmp_path / 'data'), 'train', meta)[0 : meta['tokens']['train']].tolist() == expected
+    spec = meta['tokenizer']
+    assert (spec['end_of_text'], spec['chat_template']) == ('<|im_end|>', '{{ messages }}')
+    assert spec['special_tokens'] == {'bos_token': '<|endoftext|>', 'eos_token': '<|im_end|>'}
+
+
+def test_the_tokenizer_of_a_gguf_file(tmp_path):
+    """A tokenizer that went out with a model comes back for its data."""
+    from formats.gguf_model import write_gguf
+    from model import GPT, GPTConfig
+
+    spec = {'kind': 'bpe', 'json': train_bpe(['some text, some more text'] * 20, 260)['json'], 'chat_template': 'x'}
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=260))
+    for name, spec_or_none in (('m.gguf', spec), ('none.gguf', None)):
+        write_gguf(model, spec_or_none, str(tmp_path / name))
+    path = str(write_input(tmp_path / 'in', 'jsonl', make_documents(30)))
+    write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'm.gguf'), workers=1)
+    again = read_meta(str(tmp_path / 'data'))['tokenizer']
+    assert same_ids(spec, again) and again['chat_template'] == 'x'
+    with pytest.raises(UserError, match='none.gguf: it holds no tokenizer'):
+        write_dataset(str(tmp_path / 'data'), Files(path, 0.1), str(tmp_path / 'none.gguf'))
+
+
+def test_hostile_tokenizer_files(tmp_path):
+    """A tokenizer.json of 1 GB, or of nothing but brackets, is one line and exit status 2."""
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'a.txt').write_text('a novel ' * 99)
+    (tmp_path / 'huge.json').touch()
+    os.truncate(tmp_path / 'huge.json', 2**30)  # takes no space on the disk
+    (tmp_path / 'deep.json').write_text('{"model": ' * 500_000)
+    for name, words in (('huge.json', 'it has 1,073,741,824 bytes'), ('deep.json', 'not a tokenizer.json')):
+        result = run_forked('data/text/prepare.py', '--input=a.txt', '--name=a', f'--tokenizer={name}', cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (2, '')
+        assert result.stderr.startswith('error: cannot read ') and words in result.stderr
+        assert result.stderr.count('\n') == 1
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------

@@ -1,26 +1,28 @@
 """Text to token ids and back, for any text."""
 
 import functools
+import itertools
 import json
 import os
 import random
 import sys
+import unicodedata
 
+import numpy as np
 import pytest
 from conftest import SHARED
 
+from common.byte_bpe import byte_characters
 from common.errors import UserError
+from formats.tokenizer_files import read_tokenizer, write_tokenizer
 from tokenizer import (
     GPT2_SPEC,
     ByteTokenizer,
     CharTokenizer,
-    HuggingFaceTokenizer,
     TextStream,
-    byte_characters,
     check_known,
     check_spec,
     load_tokenizer,
-    read_tokenizer,
     same_ids,
     spec_end_of_text,
     spec_from_nanogpt,
@@ -129,7 +131,7 @@ def test_both_libraries_split_text_alike():
     tiktoken, tokenizers = pytest.importorskip('tiktoken'), pytest.importorskip('tokenizers')
     from tokenizers import models, pre_tokenizers
 
-    from tokenizer import GPT2_PATTERN
+    from common.byte_bpe import GPT2_PATTERN
 
     char = byte_characters()
     vocab, merges, ranks = {char[byte]: byte for byte in range(256)}, [], {bytes([byte]): byte for byte in range(256)}
@@ -528,6 +530,430 @@ def test_without_the_tokenizers_package(tmp_path, monkeypatch):
             read_tokenizer(write_folder(tmp_path / 'm', **files))
 
 
+# --- byte-level BPEs in tiktoken --------------------------------------------------------------------------------------
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3 += r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+SHAPES = ('gpt2', 'smollm2', 'llama3', 'qwen2')
+
+
+def pre_tokenizer_of(shape):
+    """How the models of a family split text."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if shape == 'gpt2':
+        return ByteLevel(add_prefix_space=False)
+    if shape == 'smollm2':
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    pattern = LLAMA3 if shape == 'llama3' else LLAMA3.replace('{1,3}', '')
+    return Sequence([Split(Regex(pattern), 'isolated'), ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@functools.cache
+def shaped(shape):
+    """A small BPE in the shape of a family's tokenizer: split, normalized, with special and other added tokens -> the
+    tokenizers library's Tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    library = Tokenizer(models.BPE(ignore_merges=shape == 'llama3'))
+    library.pre_tokenizer, library.decoder = pre_tokenizer_of(shape), decoders.ByteLevel()
+    if shape == 'qwen2':
+        library.normalizer = normalizers.NFC()
+    first = ['<|endoftext|>', '<|im_start|>'] if shape == 'smollm2' else []  # in the vocabulary, before the bytes
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
+    rng = random.Random(8)
+    library.train_from_iterator([unruly_text(rng) + ' the 2048 times' for _ in range(1500)], trainer)
+    library.add_special_tokens(
+        [AddedToken('<|endoftext|>', normalized=False), AddedToken('<|im_end|>', normalized=False)]
+    )
+    if shape == 'qwen2':
+        library.add_tokens([AddedToken('<tool>', normalized=False), AddedToken('<tool>s', normalized=False)])
+    if shape == 'llama3':
+        begin = library.token_to_id('<|im_end|>')
+        library.post_processor = processors.TemplateProcessing('<|im_end|> $A', special_tokens=[('<|im_end|>', begin)])
+    return library
+
+
+def without_new(text):
+    """A text without characters that are newer than Python's tables."""
+    return ''.join(char for char in text if unicodedata.category(char) != 'Cn')
+
+
+def added_text(rng):
+    """Unruly text with added tokens, whole and broken."""
+    pieces = [
+        '<|im_end|>',
+        '<|im_end',
+        '<|endoftext|>',
+        '<tool>',
+        '<tool>s',
+        '<tool',
+        '>',
+        ' 12345',
+        "'S",
+        "'ſ",
+        '\r\n \n',
+    ]
+    pieces += ['e\u0301', 'Å', '\x85\x85', '   ', '½Ⅷ', 'ǅ', 'ֿ', '\ufffd', '\U0001f468\u200d\U0001f469']
+    return ''.join(rng.choice(pieces) if rng.random() < 0.5 else unruly_text(rng, 6) for _ in range(rng.randrange(12)))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_tiktoken_gives_the_ids_of_the_library(shape):
+    pytest.importorskip('tiktoken')
+    tokenizers = pytest.importorskip('tokenizers')
+    content = shaped(shape).to_str()
+    theirs, ours = tokenizers.Tokenizer.from_str(content), load_tokenizer({'kind': 'tokenizers', 'json': content})
+    assert ours.fast
+    rng, merged = random.Random(9), 0
+    for n in range(600):
+        text = added_text(rng) if n % 2 else random_text(rng, rng.randrange(60))
+        text = without_new(text) if n % 10 else text
+        for special in (False, True):
+            theirs.encode_special_tokens = not special
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            fast = ours.fast.encode(text, special)
+            if fast is None:  # characters that are newer than Python's tables
+                assert any(unicodedata.category(char) == 'Cn' for char in text)
+            else:
+                assert fast.dtype == np.int32 and fast.tolist() == ids, text
+            assert ours.encode(text, special).tolist() == ids
+            merged += fast is not None and len(fast) < len(text)
+    assert merged > 100
+    assert ours.fast.encode('').tolist() == [] and ours.fast.encode('', special=True).tolist() == []
+    assert ours.fast.encode('a<|im_end|>b', True).tolist() == ours.encode('a<|im_end|>b', special=True).tolist()
+
+
+def test_a_long_text_is_encoded_by_tiktoken(monkeypatch):
+    """A short one is not worth the preparation."""
+    pytest.importorskip('tiktoken')
+    pytest.importorskip('tokenizers')
+    tokenizer = load_tokenizer({'kind': 'tokenizers', 'json': shaped('gpt2').to_str()})
+    expected = tokenizer.encode('the times ' * 20000).tolist()
+    monkeypatch.setattr(tokenizer, 'encode_by_library', None)
+    assert 'fast' in vars(tokenizer) and tokenizer.encode('the times ' * 20000).tolist() == expected
+    short = load_tokenizer(tokenizer.spec())
+    short.encode('the times ' * 20)
+    assert 'fast' not in vars(short)
+
+
+def test_a_real_tokenizer_in_tiktoken(gpt2_vocabulary):
+    """GPT-2's, from its tokenizer.json; old files have no "type" in their model."""
+    pytest.importorskip('tokenizers')
+    tokenizer, rng = load_tokenizer(foreign(gpt2_files()[2])), random.Random(10)
+    for _ in range(200):
+        text = without_new(added_text(rng))
+        for special in (False, True):
+            assert tokenizer.fast.encode(text, special).tolist() == gpt2_vocabulary.encode(text, special).tolist()
+
+
+def bpe_description(merges, tokens=(), shape='gpt2', **model):
+    """A parsed tokenizer.json with these merges, written 'a b', and these further tokens in its vocabulary."""
+    tokenizers = pytest.importorskip('tokenizers')
+    pairs = [tuple(pair.split()) for pair in merges]
+    vocab = {token: id for id, token in enumerate([*byte_characters(), *map(''.join, pairs), *tokens])}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, **model))
+    library.pre_tokenizer, library.decoder = pre_tokenizer_of(shape), tokenizers.decoders.ByteLevel()
+    return json.loads(library.to_str())
+
+
+def test_vocabularies_that_tiktoken_would_merge_differently():
+    """Of tokens that merging their own bytes does not give."""
+    pytest.importorskip('tiktoken')
+    for merges, tokens, ignores_merges, same in (
+        (['a b', 'ab c'], (), False, True),
+        (['b c', 'a b', 'ab c'], (), False, False),  # abc is a, bc; tiktoken would take it whole
+        (['b c', 'a b', 'ab c'], (), True, False),  # xabc is x, a, bc; tiktoken would make it x, abc
+        (['b c', 'a b', 'ab c', 'a bc'], (), True, True),
+        (['a b'], ['xyz'], False, True),  # a word that nothing makes
+        (['a b'], ['xyz'], True, True),  # a word that is taken only as a whole
+        (['a b'], ['abc'], True, False),  # xabc is x, ab, c; tiktoken would make it x, abc
+        (['a b', 'b c', 'ab c', 'x y', 'a bc'], (), True, False),  # the merges that make abc lie apart
+    ):
+        tokenizer = load_tokenizer(foreign(bpe_description(merges, tokens, ignore_merges=ignores_merges)))
+        assert bool(tokenizer.fast) == same, (merges, tokens, ignores_merges)
+        for text in itertools.product('abcxyz', repeat=4) if same else ():
+            text = ''.join(text)
+            assert tokenizer.fast.encode(text).tolist() == tokenizer.encode(text).tolist(), text
+
+
+def split_by(pattern, behavior='Isolated', invert=False):
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': behavior, 'invert': invert}
+    return {'type': 'Sequence', 'pretokenizers': [split, byte_level]}
+
+
+@pytest.mark.parametrize(
+    'change, fast',
+    [
+        ({}, True),
+        ({'pre_tokenizer': split_by(LLAMA3)}, True),
+        ({'pre_tokenizer': split_by(LLAMA3, 'Removed', invert=True)}, True),
+        ({'pre_tokenizer': split_by(LLAMA3, 'Removed')}, False),
+        ({'pre_tokenizer': split_by(r'\p{L}+|.')}, False),  # line ends lie between its matches; tiktoken drops them
+        ({'pre_tokenizer': split_by(r'(')}, False),
+        ({'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True}}, False),
+        ({'pre_tokenizer': None}, False),
+        ({'normalizer': {'type': 'NFC'}}, True),
+        ({'normalizer': {'type': 'NFKC'}}, False),
+        ({'normalizer': {'type': 'Lowercase'}}, False),
+        ({'added_tokens': [{**added_token(258, '</s>'), 'lstrip': True}]}, False),
+        ({'added_tokens': [{**added_token(258, '</s>'), 'single_word': True}]}, False),
+        ({'added_tokens': [added_token(258, '</s>'), added_token(259, '<s>', normalized=True)]}, False),
+        ({'added_tokens': [added_token(256, 'th')]}, False),  # merges make it too
+    ],
+)
+def test_where_the_library_encodes(change, fast):
+    """Whatever tiktoken might encode differently; silently, as the ids are what they were."""
+    pytest.importorskip('tiktoken')
+    description = {**bpe_description(['t h', 'th e']), **change}
+    if 'pattern' in str(change) and '(' in str(change) and len(str(change)) < 250:
+        with pytest.raises(ValueError):
+            load_tokenizer(foreign(description))
+        return
+    assert bool(load_tokenizer(foreign(description)).fast) == fast
+
+
+def test_bytes_that_a_vocabulary_lacks():
+    """SmolLM2's lacks a few: the library drops them."""
+    pytest.importorskip('tiktoken')
+    description = bpe_description(['t h'])
+    for byte in (4, 0xF1, 0xFF):
+        del description['model']['vocab'][byte_characters()[byte]]
+    tokenizer = load_tokenizer(foreign(description))
+    assert tokenizer.fast.encode('t\x04h') is None and tokenizer.fast.encode('\U00040000') is None
+    assert tokenizer.encode('t\x04h').tolist() == [description['model']['vocab'][letter] for letter in 'th']
+    assert tokenizer.fast.encode('t\x05h😀').tolist() == tokenizer.encode('t\x05h😀').tolist()
+
+
+def test_without_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    assert load_tokenizer(foreign(bpe_description(['t h']))).fast is None
+
+
+def test_white_space_without_end():
+    """tiktoken's pattern gives up at some length; the library does not."""
+    pytest.importorskip('tiktoken')
+    tokenizer = load_tokenizer(foreign(bpe_description(['Ġ Ġ'])))
+    assert tokenizer.fast.encode(' ' * 1_200_000 + 'a') is None
+
+
+def test_prefix():
+    """What the model wants before a text: Llama's BOS."""
+    pytest.importorskip('tokenizers')
+    llama = load_tokenizer({'kind': 'tokenizers', 'json': shaped('llama3').to_str()})
+    assert llama.prefix == [shaped('llama3').token_to_id('<|im_end|>')]
+    assert llama.prefix + llama.encode('the').tolist() == shaped('llama3').encode('the').ids
+    assert llama.prefix[0] not in llama.encode('the')
+    assert load_tokenizer({'kind': 'tokenizers', 'json': shaped('gpt2').to_str()}).prefix == []
+    assert ByteTokenizer().prefix == CharTokenizer.train('a').prefix == []
+
+
+# --- what the files beside a tokenizer say ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'files, template',
+    [
+        ({}, None),
+        ({'tokenizer_config': {'chat_template': '{{ a }}'}}, '{{ a }}'),
+        ({'chat_template': {'chat_template': '{{ b }}'}, 'tokenizer_config': {'chat_template': '{{ a }}'}}, '{{ b }}'),
+        (
+            {
+                'tokenizer_config': {
+                    'chat_template': [
+                        {'name': 'tool_use', 'template': '{{ t }}'},
+                        {'name': 'default', 'template': '{{ d }}'},
+                    ]
+                }
+            },
+            '{{ d }}',
+        ),
+        ({'tokenizer_config': {'chat_template': [{'name': 'rag', 'template': '{{ r }}'}, 'x']}}, None),
+    ],
+)
+def test_the_chat_template(tmp_path, files, template):
+    pytest.importorskip('tokenizers')
+    folder = write_folder(tmp_path / 'm', tokenizer=small(), **files)
+    assert read_tokenizer(folder).get('chat_template') == template
+    (tmp_path / 'm/chat_template.jinja').write_text('{{ é }}\n', encoding='utf-8')
+    assert read_tokenizer(folder)['chat_template'] == '{{ é }}\n'
+
+
+def test_special_tokens_by_name(tmp_path):
+    pytest.importorskip('tokenizers')
+    config = {'bos_token': {'content': '<|end|>'}, 'pad_token': '[none]', 'unk_token': None, 'eos_token': '</s>'}
+    files = {'special_tokens_map': {'unk_token': '</s>', 'bos_token': '</s>'}, 'tokenizer_config': config}
+    spec = read_tokenizer(write_folder(tmp_path / 'm', tokenizer=small(), **files))
+    assert spec['special_tokens'] == {'bos_token': '<|end|>', 'unk_token': '</s>', 'eos_token': '</s>'}
+    assert 'special_tokens' not in read_tokenizer(write_folder(tmp_path / 'm', tokenizer=small()))
+    plain = foreign(small())
+    assert same_ids(spec, plain) and load_tokenizer(spec).spec() == spec
+    for kind in ({'kind': 'byte'}, {'kind': 'char', 'chars': 'ab'}, GPT2_SPEC):
+        more = {**kind, 'chat_template': '{{ a }}', 'special_tokens': {'eos_token': '<|endoftext|>'}}
+        assert check_spec(more) == more and same_ids(more, kind) and same_ids(kind, more)
+
+
+@pytest.mark.parametrize(
+    'more',
+    [
+        {'chat_template': 5},
+        {'chat_template': 'x' * 1_000_001},
+        {'special_tokens': []},
+        {'special_tokens': {'bos_token': 1}},
+        {'special_tokens': {'bos_token': 'x' * 1001}},
+        {'special_tokens': {'image_token': '<i>'}},
+    ],
+)
+def test_invalid_additions(tmp_path, more):
+    with pytest.raises(ValueError, match=next(iter(more))):
+        check_spec({'kind': 'byte', **more})
+    if 'chat_template' in more:
+        pytest.importorskip('tokenizers')
+        with pytest.raises(UserError, match='cannot use the tokenizer in .*chat_template'):
+            read_tokenizer(write_folder(tmp_path / 'm', tokenizer=small(), tokenizer_config=more))
+
+
+def test_hostile_files(tmp_path):
+    """One line, and no memory taken."""
+    pytest.importorskip('tokenizers')
+    resource = pytest.importorskip('resource')
+    folder = write_folder(tmp_path / 'm', tokenizer=small(), tokenizer_config={})
+    huge = tmp_path / 'huge'
+    huge.touch()
+    os.truncate(huge, 2**30)  # takes no space on the disk
+    (tmp_path / 'deep').write_text('[' * 5_000_000)
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'bytes').write_bytes(b'\xff\xfe')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for source, name, words in (
+        ('huge', 'tokenizer.json', 'it has 1,073,741,824 bytes, more than'),
+        ('huge', 'tokenizer_config.json', 'it has 1,073,741,824 bytes, more than'),
+        ('huge', 'chat_template.jinja', 'it has 1,073,741,824 bytes, more than'),
+        ('deep', 'tokenizer.json', 'not a tokenizer.json'),
+        ('deep', 'tokenizer_config.json', 'recursion'),
+        ('pipe', 'tokenizer.json', 'it is not a plain file'),
+        ('pipe', 'special_tokens_map.json', 'it is not a plain file'),
+        ('bytes', 'tokenizer.json', 'decode'),
+    ):
+        write_folder(tmp_path / 'm', tokenizer=small(), tokenizer_config={})
+        (tmp_path / 'm' / name).unlink(missing_ok=True)
+        (tmp_path / 'm' / name).symlink_to(tmp_path / source)
+        with pytest.raises(UserError, match=words) as error:
+            read_tokenizer(folder)
+        assert name in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 600
+    write_folder(tmp_path / 'm', vocab=SMALL_VOCAB)
+    (tmp_path / 'm/merges.txt').symlink_to(huge)
+    with pytest.raises(UserError, match='it has 1,073,741,824 bytes'):
+        read_tokenizer(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+# --- out: transformers opens what we write ----------------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
+
+
+def specs_to_write(kind):
+    """A spec of each kind, to be written."""
+    rng = random.Random(11)
+    if kind == 'char':
+        return CharTokenizer.train(''.join(added_text(rng) for _ in range(500)).replace('\u0378', '')).spec()
+    if kind == 'bpe':
+        return train_bpe([added_text(rng) for _ in range(500)], 400)
+    if kind in SHAPES:
+        named = {'bos_token': '<|endoftext|>', 'pad_token': '<|im_end|>', 'eos_token': '<|im_end|>'}
+        spec = {
+            'kind': 'tokenizers',
+            'json': shaped(kind).to_str(),
+            'end_of_text': '<|im_end|>',
+            'special_tokens': named,
+        }
+        return {**spec, 'chat_template': CHAT}
+    return {'kind': kind.removeprefix('our ')}
+
+
+@pytest.fixture
+def auto_tokenizer(tmp_path):
+    """A function that opens tmp_path in transformers, as the tokenizer of a model of some type."""
+    transformers = pytest.importorskip('transformers')
+    transformers.logging.set_verbosity_error()
+
+    def load(model_type):
+        (tmp_path / 'config.json').write_text(json.dumps({'model_type': model_type}))
+        return transformers.AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+
+    return load
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte', 'our gpt2', 'bpe', *SHAPES])
+def test_transformers_gives_our_ids_and_our_text(tmp_path, auto_tokenizer, kind, request):
+    if kind == 'our gpt2':
+        request.getfixturevalue('gpt2_vocabulary')
+    spec = specs_to_write(kind)
+    ids = write_tokenizer(spec, str(tmp_path), 64)
+    ours, rng = load_tokenizer(spec), random.Random(12)
+    for theirs in map(auto_tokenizer, ('gpt2', 'llama', 'qwen3', *(['qwen2'] if kind == 'qwen2' else []))):
+        assert (len(theirs), theirs.model_max_length) == (ours.vocab_size, 64)
+        assert theirs.eos_token_id == ids['eos_token_id'] == ours.end_of_text
+        for _ in range(30):
+            text = added_text(rng)
+            if kind == 'char':
+                text = ''.join(char for char in text if char in spec['chars'])
+            for special in (True, False):
+                encoded = ours.encode(text, special).tolist()
+                bare = theirs(text, add_special_tokens=False, split_special_tokens=not special)
+                assert bare['input_ids'] == encoded, text
+                assert theirs.decode(encoded) == ours.decode(encoded)
+            assert theirs('a' if kind == 'char' else text)['input_ids'] == [
+                *ours.prefix,
+                *ours.encode('a' if kind == 'char' else text, special=True).tolist(),
+            ]
+        some = [rng.randrange(ours.vocab_size) for _ in range(300)]  # also bytes that are no UTF-8
+        assert theirs.decode(some) == ours.decode(some)
+        for text in ('\n', ' a', 'a ', 'a  b', 'a .', '\n\n a\n', 'e\u0301'):
+            assert theirs.decode(theirs(text, add_special_tokens=False)['input_ids']) in (text, 'é')
+    if 'chat_template' in spec:
+        messages = [{'role': 'user', 'content': 'the <|im_end|>'}]
+        assert theirs.apply_chat_template(messages, tokenize=False) == '<|im_start|>user\nthe <|im_end|>\n'
+        assert (theirs.bos_token, theirs.pad_token_id) == ('<|endoftext|>', ids['pad_token_id'])
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte', 'bpe', *SHAPES])
+def test_what_we_write_we_read(tmp_path, kind):
+    pytest.importorskip('tokenizers')
+    spec = specs_to_write(kind)
+    ids = write_tokenizer(spec, str(tmp_path), 64)
+    again = read_tokenizer(str(tmp_path))
+    assert same_ids(spec, again) and same_ids(again, spec)
+    assert spec_end_of_text(again) == spec_end_of_text(spec) == ids['eos_token_id']
+    for key in ('chat_template', 'special_tokens'):
+        assert key not in spec or again[key] == spec[key]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json']
+        + ['chat_template.jinja'] * ('chat_template' in spec)
+    )
+
+
+def test_characters_that_a_written_vocabulary_lacks(tmp_path, auto_tokenizer):
+    """The library raises an exception, as we do: it has no token for them and drops nothing."""
+    write_tokenizer({'kind': 'char', 'chars': 'ab \n'}, str(tmp_path), 8)
+    with pytest.raises(Exception, match='UNK'):
+        auto_tokenizer('gpt2')('abc')
+    with pytest.raises(UserError, match='half a character'):
+        write_tokenizer({'kind': 'char', 'chars': 'a\ud800'}, str(tmp_path), 8)
+
+
+def test_an_end_of_text_that_was_a_word(tmp_path, auto_tokenizer):
+    """A vocab.json may hold it like any other token; what we write makes it special."""
+    description = bpe_description(['t h'], ['<|endoftext|>'])
+    ids = write_tokenizer(foreign(description), str(tmp_path), 8)
+    assert ids == {'bos_token_id': None, 'eos_token_id': 257, 'pad_token_id': None}
+    assert auto_tokenizer('llama')('th<|endoftext|>')['input_ids'] == [256, 257]
+
+
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
@@ -546,10 +972,10 @@ def make_tokenizers():
     yield ByteTokenizer()
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(['the theme of the thesis €'], vocab_size=280, show_progress=False)
-    yield HuggingFaceTokenizer(bpe.to_str())
+    yield load_tokenizer({'kind': 'tokenizers', 'json': bpe.to_str()})
     spaced = tokenizers.SentencePieceBPETokenizer()
     spaced.train_from_iterator([unicode_text(random.Random(1), 400)], vocab_size=60, show_progress=False)
-    yield HuggingFaceTokenizer(spaced.to_str())
+    yield load_tokenizer({'kind': 'tokenizers', 'json': spaced.to_str()})
 
 
 def test_a_stream_returns_complete_characters_and_loses_none():
@@ -575,3 +1001,18 @@ def check_stream(tokenizer, ids, whole=False):
     assert ''.join(pieces) == tokenizer.decode(ids)
     if whole:  # a piece has U+FFFD only where the text has it
         assert sum(piece.count('\ufffd') for piece in pieces) == tokenizer.decode(ids).count('\ufffd')
+
+
+def test_bytes_without_a_token_are_told(capsys):
+    """SmolLM2's vocabulary lacks some bytes, which the library drops; so do we, as its model knows no better."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {char: id for id, char in enumerate(byte_characters()[32:127])}
+    library = Tokenizer(models.BPE(vocab, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    tokenizer = load_tokenizer({'kind': 'tokenizers', 'json': library.to_str()})
+    assert tokenizer.decode(tokenizer.encode('plain')) == 'plain' and not capsys.readouterr().err
+    for _ in range(2):
+        assert tokenizer.decode(tokenizer.encode('a\x04b')) == 'ab'
+    assert capsys.readouterr().err.count("no token for the byte b'\\x04'") == 1
