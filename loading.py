@@ -15,8 +15,8 @@ from common.sharded import copy_part, is_sharded, part
 from dataloader import dataset_name
 from model import GPT, GPTConfig
 from optim import ALONE, load_optimizer_state
-from pretrained import NANOGPT_FIELDS, pretrained_tokenizer, read_pretrained
-from tokenizer import GPT2_SPEC, check_spec, same_ids, text_vocab_size
+from pretrained import NANOGPT_FIELDS, pretrained_model, pretrained_tokenizer
+from tokenizer import check_spec, same_ids, text_vocab_size
 
 # fields that weights fix, and that settings may ask for
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
@@ -58,7 +58,8 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
         same = not tokenizer or not data.tokenizer or same_ids(data.tokenizer, tokenizer)
     if not same:
         raise UserError(
-            f'{source} was trained with another tokenizer than that of {data.path}: choose a --dataset in its encoding'
+            f'{source} was trained with another tokenizer than that of {data.path}: choose a --dataset in its '
+            "encoding, or prepare one with that model's --tokenizer="
         )
     for key in fixed:
         if key in config.given and config[key] != getattr(model.config, key):
@@ -154,7 +155,7 @@ def restore_optimizer(optimizer, scaler, checkpoint: dict, out_dir: str):
 def model_vocab_size(tokenizer: dict | None, vocab_size: int, multiple: int) -> int:
     """The vocabulary of a new model, a multiple of `multiple`, for data of a tokenizer (its spec or None) with
     vocab_size ids. For GPT-2's tokenizer it is GPTConfig's default, as in nanoGPT."""
-    least = GPTConfig.vocab_size if tokenizer == GPT2_SPEC else vocab_size
+    least = GPTConfig.vocab_size if tokenizer and tokenizer['kind'] == 'gpt2' else vocab_size
     return -(-least // multiple) * multiple
 
 
@@ -164,23 +165,29 @@ def open_model(init_from: str, out_dir: str, name: str, dropout: float = 0.0) ->
     init_from: 'resume' for the checkpoint `name` in out_dir; a checkpoint's file; a folder with a run's ckpt.pt; or as
     in load_pretrained. UserError if it is not available.
     """
-    path = latest(out_dir, name) or os.path.join(out_dir, name) if init_from == 'resume' else init_from
-    if init_from != 'resume' and has_run(init_from):
-        path = latest(init_from)
-    elif os.path.basename(init_from).startswith('ckpt'):  # ckpt_best.pt is ckpt_best.json in a sharded run
-        path = latest(os.path.dirname(init_from), os.path.basename(init_from)) or path
-    if init_from != 'resume' and not os.path.isfile(path):
-        return *load_pretrained(init_from, dropout), {}
+    path = checkpoint_path(init_from, out_dir, name)
+    if path is None:
+        return *load_pretrained(init_from, dropout=dropout), {}
     checkpoint = read_whole(load_checkpoint(path))
     return restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer'), checkpoint['config']
 
 
-def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
-    """A model by the name that read_pretrained takes -> (GPT on the CPU in float32, tokenizer spec or None)."""
-    fields, weights = read_pretrained(name)
-    model = empty_model(GPTConfig(**fields, dropout=dropout))
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+def checkpoint_path(init_from: str, out_dir: str, name: str) -> str | None:
+    """The file of the checkpoint that --init_from= names, see open_model; None if it names a pretrained model."""
+    if init_from == 'resume':
+        return latest(out_dir, name) or os.path.join(out_dir, name)
+    path = init_from
+    if has_run(init_from):
+        path = latest(init_from)
+    elif os.path.basename(init_from).startswith('ckpt'):  # ckpt_best.pt is ckpt_best.json in a sharded run
+        path = latest(os.path.dirname(init_from), os.path.basename(init_from)) or path
+    return path if os.path.isfile(path) and not path.endswith('.gguf') else None
+
+
+def load_pretrained(name: str, **override) -> tuple[GPT, dict | None]:
+    """A model by the name that pretrained_model takes -> (GPT on the CPU in float32, tokenizer spec or None). override:
+    other values of GPTConfig, such as dropout."""
+    model = pretrained_model(name, lambda fields: empty_model(GPTConfig(**{**fields, **override})))
     return model, pretrained_tokenizer(name)
 
 

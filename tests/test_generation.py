@@ -11,9 +11,9 @@ from conftest import CHARS
 
 import generation
 from common.errors import UserError
+from formats.huggingface import to_hugging_face
 from generation import Context, KVCache, Sample, Sampling, generate, uniforms, window_start
 from model import GPT, GPTConfig
-from pretrained import to_hugging_face
 from tokenizer import CharTokenizer
 
 BLOCK, VOCAB = 16, 50

@@ -329,25 +329,28 @@ FRESH = [  # in a folder with the data set data/tiny, before any training
     train('block_beyond_val', 'val.bin holds 1000 tokens, too few', '--block_size=1000'),
     train('block_huge', 'block_size', f'--block_size={10**14}'),
     # pretrained weights
-    train('init_from_unknown', '--init_from=gpt5: must be resume, gpt2', '--init_from=gpt5'),
+    train('init_from_unknown', '--init_from=gpt5: there is no such file or folder', '--init_from=gpt5'),
     train(
         'init_from_empty_folder',
-        'cannot load the pretrained model hf (check the files',
+        'this folder has neither the ckpt.pt of a run nor a config.json',
         '--init_from=hf',
         given=mkdir('hf'),
     ),
     train(
         'init_from_bert',
-        'only GPT-2 can be imported',
+        "hf/config.json: model_type is 'bert', only gpt2, llama",
         '--init_from=hf',
         given=put('hf/config.json', {'model_type': 'bert'}),
     ),
     train(
-        'init_from_no_weights', 'cannot load the pretrained', '--init_from=hf', given=put('hf/config.json', GPT2_CONFIG)
+        'init_from_no_weights',
+        'hf has no model.safetensors',
+        '--init_from=hf',
+        given=put('hf/config.json', GPT2_CONFIG),
     ),
     train(
         'init_from_code_in_weights',
-        'cannot load the pretrained model hf',
+        'hf/pytorch_model.bin cannot be read',
         '--init_from=hf',
         given=both(put('hf/config.json', GPT2_CONFIG), lambda f: torch.save(Code(), f / 'hf/pytorch_model.bin')),
     ),
@@ -389,7 +392,7 @@ FRESH = [  # in a folder with the data set data/tiny, before any training
     bench('train_with_baseline', '--baseline=recompute', '--baseline=recompute'),
     decode('decode_profile', '--profile=True', '--profile=True'),
     evaluate('evaluate_nothing', 'there is no out/ckpt.pt: train first'),
-    evaluate('evaluate_before_training', '--init_from=scratch: must be resume', '--dataset=tiny --init_from=scratch'),
+    evaluate('evaluate_before_training', 'must be resume', '--dataset=tiny --init_from=scratch'),
     # texts
     text('text_missing', '--input=mistake.txt: there is no such file or folder', '--input=mistake.txt'),
     text('text_none', 'which text? give --input=FILE_OR_FOLDER'),
@@ -871,8 +874,6 @@ def preload(case):
     if case.script.startswith('tools/'):
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401
         from matplotlib.figure import Figure  # noqa: F401
-    if any(argument.startswith('--init_from=') for argument in case.arguments):
-        from transformers import AutoConfig, GPT2LMHeadModel  # noqa: F401
 
 
 def is_one_error_line(result):
@@ -955,13 +956,13 @@ def run_process(folder, script, *arguments, env=None, **streams):
 
 
 def test_no_consent_to_code(workspace):
-    """transformers asks whether to run the code beside a model; a y on standard input must not reach it."""
+    """The code beside a model, which transformers would ask about, is never run."""
     put('hf/config.json', {'model_type': 'other', 'auto_map': {'AutoConfig': 'other.Other'}})(workspace)
     put('hf/other.py', 'open("executed", "w")\nclass Other: pass\n')(workspace)
     arguments, env = ['--init_from=hf', '--device=cpu'], {'HF_HOME': str(workspace / 'home')}
     result = run_process(workspace, 'sample.py', *arguments, env=env, input='y\n', stdout=subprocess.PIPE)
     assert is_one_error_line(result), result.stderr
-    assert 'cannot load the pretrained model hf' in result.stderr
+    assert "hf/config.json: model_type is 'other'" in result.stderr
     assert not (workspace / 'executed').exists(), 'code from a data file was executed'
 
 
