@@ -36,7 +36,7 @@ class KVCache:
 
     def __init__(self, config, rows: int, columns: int, device=None, dtype=None, static: bool = False):
         """config: GPTConfig. rows: sequences in the batch. columns: tokens that fit into each."""
-        shape = (2, rows, config.kv_heads, columns, config.head_size)  # keys and values
+        shape = (2, rows, config.kv_heads, columns, config.head_dim)  # keys and values
         # zeros, as a masked column must not hold NaN
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = [0] * rows  # tokens in each row
@@ -102,8 +102,9 @@ class Context:
 
     @torch.inference_mode()
     def __init__(self, model, rows: int, columns: int, static: bool = False):
-        """rows: sequences in the batch. columns: length of the longest window needed, at most block_size. static: as in
-        KVCache, for a compiled model; only calls for a single token use the compiled function."""
+        """rows: sequences in the batch. columns: tokens of each for which there is memory from the start, at most
+        block_size; more is taken as needed. static: as in KVCache, for a compiled model; only calls for a single token
+        use the compiled function, and columns must suffice."""
         weight = model.transformer.wte.weight
         self.model, self.device = model, weight.device
         self.autocast = torch.is_autocast_enabled(weight.device.type)
@@ -124,12 +125,13 @@ class Context:
         new: lists of ids, one per row. last: (rows,) int64, the last id of each row, where it is on the device already
         and need not be copied there.
         """
-        behind, unread, block_size = [], None, self.model.config.block_size
+        behind, unread = [], None
         starts, lengths = self.starts, self.cache.lengths
         for r, (row, ids) in enumerate(zip(self.rows, new)):
             row.extend(ids)
-            if len(row) > starts[r] + block_size:
-                starts[r], lengths[r] = window_start(len(row), block_size), 0
+            start = window_start(len(row), self.model.config.block_size)
+            if start != starts[r]:  # the window moved on, or back after rewind()
+                starts[r], lengths[r] = start, 0
             if starts[r] + lengths[r] < len(row) - 1:
                 behind.append(r)  # the cache lacks more than the last token
         if behind:
@@ -142,6 +144,7 @@ class Context:
             idx = last[:, None]
         else:
             idx = torch.tensor(unread or [row[-1:] for row in self.rows], device=self.device)  # (rows, T)
+        self.reserve(max(self.cache.lengths) + idx.size(1))
         self.cache.extend(idx.size(1))
         if self.cache.static and idx.size(1) == 1:
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed
@@ -158,7 +161,21 @@ class Context:
         padded = [piece + (0,) * (width - len(piece)) for piece in distinct]
         self.model.hidden(torch.tensor(padded, device=self.device), part)
         part.lengths = [len(piece) for piece in distinct]
+        self.reserve(width)
         self.cache.put(behind, part, [distinct.index(piece) for piece in pieces])
+
+    def reserve(self, columns: int):
+        """Give the cache at least so many columns; it grows to twice its size, so that this is seldom needed."""
+        n, has, config = len(self.rows), len(self.cache.column_ids), self.model.config
+        if columns > has and not self.cache.static:
+            larger = KVCache(config, n, min(config.block_size, max(columns, 2 * has)), self.device, self.dtype)
+            larger.put(range(n), self.cache, range(n))
+            self.cache = larger
+
+    def rewind(self, row: int, n: int):
+        """Forget all but the first n tokens of a row. What the window still sees of them need not be read again."""
+        del self.rows[row][n:]
+        self.cache.lengths[row] = max(0, min(self.cache.lengths[row], n - self.starts[row]))
 
     def keep(self, rows):
         """Forget all rows but these."""
@@ -231,8 +248,9 @@ class Sample:
 
     def __init__(self, prompt, seed=(0,), tokenizer=None, stop=(), end_of_text=None):
         """prompt: ids, at least one. seed: a tuple of integers, different for every sample. stop: texts that end the
-        sample. end_of_text: the id that ends it, or None."""
-        self.prompt, self.seed, self.stop, self.end_of_text = list(prompt), seed, tuple(stop), end_of_text
+        sample. end_of_text: the id that ends it, a set of such ids, or None."""
+        self.prompt, self.seed, self.stop = list(prompt), seed, tuple(stop)
+        self.ends = end_of_text if isinstance(end_of_text, set) else {end_of_text}
         self.ids, self.log_probs, self.text, self.finish_reason = [], [], '', None
         self.stream = TextStream(tokenizer) if tokenizer else None
         self.prompt_text = self.stream.push(self.prompt) + self.stream.flush() if tokenizer else ''
@@ -241,7 +259,7 @@ class Sample:
         """Append a generated token."""
         self.ids.append(token)
         self.log_probs.append(log_prob)
-        if token == self.end_of_text:
+        if token in self.ends:
             self.finish('end_of_text')
         elif self.stream:
             searched = len(self.text)
