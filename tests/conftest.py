@@ -107,7 +107,8 @@ class Forked:
     def forget_repository():
         """Undo the import of the repository's modules."""
         for name, module in list(sys.modules.items()):
-            if Path(getattr(module, '__file__', None) or '/').parent in (REPO, REPO / 'common', REPO / 'data'):
+            folder = Path(getattr(module, '__file__', None) or '/').parent
+            if folder in (REPO, *(REPO / name for name in ('common', 'data', 'formats'))):
                 del sys.modules[name]
         sys.path[:] = [path for path in sys.path if path != str(REPO)]
 
@@ -210,7 +211,7 @@ def copy_scripts(target: Path, edits=()) -> Path:
     edits: (file name, old text, new text) to replace in the copies; the old text must occur once.
     """
     paths = [*REPO.glob('*.py')]
-    for name in ('common', 'data', 'tools'):
+    for name in ('common', 'data', 'formats', 'tools'):
         paths += (REPO / name).rglob('*.py')
     for path in paths:
         copy = target / path.relative_to(REPO)

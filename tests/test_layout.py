@@ -10,8 +10,8 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import REPO
 
-FOLDERS = ('common', 'tools', 'data')
-SCRIPTS = {'train', 'sample', 'evaluate', 'bench'}  # people run them, no file imports them
+FOLDERS = ('common', 'formats', 'tools', 'data')
+SCRIPTS = {'train', 'sample', 'evaluate', 'export', 'bench'}  # people run them, no file imports them
 
 
 def modules():
