@@ -17,9 +17,7 @@ from evaluation import bytes_per_token, evaluate
 from loading import open_model
 from tokenizer import same_ids
 
-init_from = (
-    'resume'  # 'resume': the checkpoint in out_dir; or 'gpt2', …; or the folder of a run or a Hugging Face GPT-2
-)
+init_from = 'resume'  # 'resume': the checkpoint in out_dir; or a run, or a model: folder, .gguf file, name on the hub
 out_dir = 'out'  # folder of the checkpoint
 ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt', the latest, or 'ckpt_best.pt', the one with the lowest validation loss
 dataset = ''  # folder below data/; '': the one that the model was trained on

@@ -39,7 +39,7 @@ eval_only = False  # evaluate once and stop, changing nothing
 always_save_checkpoint = True  # save after every evaluation; False: only after the best so far, and at the end
 keep_saves = 1  # keep the last so many saves; the latest is resumed
 async_save = False  # copy the state to the host's memory and write it while training goes on
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir holds a run), 'gpt2', …, 'gpt2-xl', or a folder
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a run); or a model: hub name, folder, .gguf
 sample_interval = 0  # iterations between samples of what the model writes; 0: none
 trackers = ()  # --trackers=wandb, tensorboard or trackio also report there; each adds one
 wandb_log = False  # the same as --trackers=wandb
