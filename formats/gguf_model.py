@@ -295,13 +295,13 @@ def gguf_architecture(config) -> str:
     return architecture
 
 
-def write_gguf(model, spec: dict | None, path: str, type: str = 'f16', name: str = '', vocab_size: int | None = None):
+def write_gguf(model, spec: dict | None, path: str, type: str = 'f16', name: str = ''):
     """Write a GPT and the spec of its tokenizer as a GGUF file that llama.cpp runs -> lines about what llama.cpp does
     otherwise, [] if nothing.
 
     type: of matrices, 'f32', 'f16' or 'q8_0'; rows that q8_0's blocks of 32 do not divide are f16. Norms, biases and
-    position embeddings are f32. name: general.name. vocab_size: how many rows of the embedding to write, by default as
-    many as the tokenizer has tokens; rows without a token get an unused one. The file appears when it is complete.
+    position embeddings are f32. name: general.name. Rows of the embedding beyond the tokenizer's tokens are left out.
+    The file appears when it is complete.
     On CPUs llama.cpp looks GELU up in a table of half precision, so a GPT-2's logits are off by some 0.001 there.
     UserError if llama.cpp has no such model or tokenizer, a weight is too large for f16, the file cannot be written, or
     gguf is missing.
@@ -310,7 +310,7 @@ def write_gguf(model, spec: dict | None, path: str, type: str = 'f16', name: str
     if type not in FILE_TYPES:
         raise UserError(f'type={type}: must be one of {", ".join(FILE_TYPES)}')
     architecture = gguf_architecture(config)
-    rows, vocabulary, notes = vocabulary_metadata(spec, config.vocab_size, vocab_size)
+    rows, vocabulary, notes = vocabulary_metadata(spec, config.vocab_size)
     if config.mlp == 'gelu':
         notes.append('llama.cpp computes GELU by tanh, this model by erf: logits differ slightly')
     # what the model lacks and the format has: biases of zeros, gains of ones

@@ -261,30 +261,25 @@ def characters_spec(tokens, types):
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-def vocabulary_metadata(spec: dict | None, available: int, asked: int | None) -> tuple[int, dict, list[str]]:
+def vocabulary_metadata(spec: dict | None, available: int) -> tuple[int, dict, list[str]]:
     """The spec of a tokenizer -> how many rows of the embedding to write, metadata, lines about what llama.cpp does
     otherwise.
 
-    available: rows that the model has. asked: rows to write, None for as many as there are tokens. UserError if that
-    does not fit, or llama.cpp has no such tokenizer.
+    available: rows that the model has; as many are written as there are tokens. UserError if that does not fit, or
+    llama.cpp has no such tokenizer.
     """
-    if asked is not None and not 1 <= asked <= available:
-        raise UserError(f'vocab_size={asked}: the model has {available} rows')
     if spec is None:
-        return asked or available, {'tokenizer.ggml.model': 'no_vocab'}, []
+        return available, {'tokenizer.ggml.model': 'no_vocab'}, []
     with user_errors(ValueError, where='the tokenizer: '):
         size = text_vocab_size(check_spec(spec))
         writers = {'char': characters, 'byte': by_library, 'gpt2': by_library}
         tokens, types, metadata, notes = writers.get(spec['kind'], from_json)(spec)
-        rows = asked or min(len(tokens), available)
+        rows = min(len(tokens), available)
         if rows < size:
-            raise ValueError(f'has {size} tokens, more than the {rows} rows of the embedding that are written')
-        for id in range(len(tokens), rows):
-            tokens.append(f'\\xff{id}' if spec['kind'] == 'char' else f'[PAD{id}]')  # \xff is in no UTF-8
-            types.append(UNUSED)
+            raise ValueError(f'has {size} tokens, more than the {rows} rows of the embedding')
         metadata.update(special_metadata(spec, tokens[:rows], notes), tokens=tokens[:rows], token_type=types[:rows])
         if 'scores' in metadata:
-            metadata['scores'] = (metadata['scores'] + [0.0] * rows)[:rows]
+            metadata['scores'] = metadata['scores'][:rows]
         metadata = {f'tokenizer.ggml.{key}': value for key, value in metadata.items()}
         metadata['tokenizer.chat_template'] = spec.get('chat_template', '')
     return rows, metadata, notes
