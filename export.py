@@ -27,7 +27,7 @@ from common.weight_files import read_json
 from configurator import configure, require
 from dataloader import DataSet
 from formats.certificate import GgufReader, LlamaCpp, NanoGPT, Transformers, certificate_lines, check_written, compare
-from formats.huggingface import write_hf_model
+from formats.huggingface import family_of, write_hf_model
 from formats.remote_code import write_remote_model
 from formats.tokenizer_files import write_tokenizer
 from loading import checkpoint_path, load_checkpoint, load_pretrained, model_entry, restore_model
@@ -78,9 +78,12 @@ if 'dataset' in config.given and not data:
 if dataset and not data:
     warn(f'data/{dataset}, which the model was trained on, is not here: the comparison uses another text')
 spec = spec or (data.tokenizer if data else None)
-if data and data.tokenizer and not same_ids(data.tokenizer, spec):
-    raise UserError(f'--dataset={dataset}: was prepared with another tokenizer than that of the model')
-with user_errors(ValueError, where='the tokenizer of the model: '):
+with user_errors(ValueError, where='the tokenizer of the model, or of the data set: '):
+    if data and data.tokenizer and not same_ids(data.tokenizer, spec):
+        raise UserError(f'--dataset={dataset}: was prepared with another tokenizer than that of the model')
+    if spec and text_vocab_size(spec) > model.config.vocab_size:
+        sizes = f'{text_vocab_size(spec)} ids, the model {model.config.vocab_size}'
+        raise UserError(f'the tokenizer has {sizes}: they do not belong together')
     tokenizer = load_tokenizer(spec) if spec else None
 if not tokenizer:
     warn('the model comes with no tokenizer: none is written, and people cannot give it text')
@@ -158,9 +161,10 @@ def write_hf(folder):
         write_remote_model(model, folder, weights_dtype, token_ids)
     else:
         try:
-            write_hf_model(model, folder, weights_dtype, **token_ids)
+            family_of(model.config)
         except UserError as error:
             raise UserError(f'{error}; --remote_code=True writes the model with its code') from None
+        write_hf_model(model, folder, weights_dtype, **token_ids)
     generation = {key: id for key, id in token_ids.items() if id is not None}
     if spec and spec.get('chat_template'):
         try:

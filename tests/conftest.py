@@ -66,6 +66,25 @@ def start(script, *arguments, cwd, **options):
     return subprocess.Popen(command, cwd=cwd, env=environment(), **pipes, **options)
 
 
+def talk_and_interrupt(script, *arguments, cwd) -> str:
+    """Type a line at the prompt of a script that generates endlessly, press Ctrl-C during the answer; both twice -> its
+    standard error. The script must go on after Ctrl-C, and end well with its input."""
+    with start(script, *arguments, cwd=cwd, stdin=subprocess.PIPE) as child:
+        output = child.stdout.fileno()
+        for _ in range(2):
+            child.stdin.write('abc\n')
+            child.stdin.flush()
+            while b'> ' not in os.read(output, 100000):
+                pass
+            assert os.read(output, 10)
+            child.send_signal(signal.SIGINT)
+        child.stdin.close()
+        while os.read(output, 100000):
+            pass
+        assert child.wait(timeout=30) == 0
+        return child.stderr.read()
+
+
 class Forked:
     """A script that runs in a fork of this process.
 

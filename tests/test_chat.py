@@ -2,14 +2,12 @@
 
 import os
 import random
-import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHARS, REPO, environment, run_forked, run_forked_ok
+from conftest import CHARS, run_forked, run_forked_ok, talk_and_interrupt
 
 from chat import ChatTemplate
 from common.errors import UserError
@@ -536,21 +534,8 @@ def test_the_first_message_and_stop_texts(tmp_path, monkeypatch):
 def test_ctrl_c_stops_an_answer_and_keeps_it(tmp_path):
     template = '{% for m in messages %}{{ m.content }}.{% endfor %}'
     save(tmp_path, make_model(len(CHARS), **LLAMA), {'kind': 'char', 'chars': CHARS, 'chat_template': template})
-    command = [sys.executable, str(REPO / 'sample.py'), *GREEDY, '--max_new_tokens=1000000']
-    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes) as child:
-        for _ in range(2):
-            child.stdin.write(b'abc\n')
-            child.stdin.flush()
-            while b'> ' not in os.read(child.stdout.fileno(), 100000):
-                pass
-            assert os.read(child.stdout.fileno(), 10)
-            child.send_signal(signal.SIGINT)
-        child.stdin.close()
-        while os.read(child.stdout.fileno(), 100000):
-            pass
-        assert child.wait(timeout=30) == 0
-        assert all(line.startswith(b'warning: the conversation outgrew') for line in child.stderr.read().splitlines())
+    errors = talk_and_interrupt('sample.py', *GREEDY, '--max_new_tokens=1000000', cwd=tmp_path)
+    assert all(line.startswith('warning: the conversation outgrew') for line in errors.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, copy_scripts, environment, metrics, run, run_forked, run_forked_ok
@@ -13,6 +14,8 @@ from nanogpt_reference import ReferenceGPT
 from data.pipeline import write_dataset
 from data.sources import Documents, Files
 from formats.certificate import plain_weights
+from formats.huggingface import write_hf_model
+from model import GPT, GPTConfig
 
 LLAMA = '--pos=rope --norm=rmsnorm --mlp=swiglu --n_kv_head=1 --bias=False --tie_weights=False'.split()
 EXPORT = ['--out_dir=out']
@@ -208,6 +211,7 @@ def test_openais_gelu_goes_to_nanogpt(exported):
         (['--out_dir=nowhere'], 'train first'),
         (['--dataset=nothing'], 'there is no folder data/nothing'),
         (['--format=nanogpt', '--init_from=llama'], 'nanoGPT has no model with'),
+        (['--init_from=untold', '--dataset=untold'], 'the tokenizer has 50257 ids, the model 97: they do not'),
     ],
 )
 def test_mistakes(exported, arguments, part):
@@ -224,6 +228,11 @@ def exported(tmp_path_factory):
     write_data(folder / 'data' / 'tiny')
     train(folder)
     train(folder, '--out_dir=llama', *LLAMA)
+    (folder / 'untold').mkdir()
+    (folder / 'data' / 'untold').mkdir()
+    write_hf_model(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=97)), str(folder / 'untold'))
+    for split in ('train', 'val'):  # a data set that does not say what its ids mean is taken for GPT-2's
+        np.zeros(200, '<u2').tofile(folder / 'data' / 'untold' / f'{split}.bin')
     return folder
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,18 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, REPO, SHARED, TINY, environment, run_forked, run_forked_ok, run_ok, write_data
+from conftest import (
+    CHARS,
+    REPO,
+    SHARED,
+    TINY,
+    environment,
+    run_forked,
+    run_forked_ok,
+    run_ok,
+    talk_and_interrupt,
+    write_data,
+)
 
 from configurator import read_settings
 from dataloader import Tokens, read_meta
@@ -164,20 +174,7 @@ def test_conversation(trained, tmp_path):
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(trained, tmp_path):
     settings = '--device=cpu --interactive=True --max_new_tokens=1000000'.split()
-    command = python('sample.py', f'--out_dir={trained / "out"}', *settings)
-    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes) as child:
-        for _ in range(2):
-            child.stdin.write(b'abc\n')
-            child.stdin.flush()
-            while b'> ' not in os.read(child.stdout.fileno(), 100000):
-                pass
-            assert os.read(child.stdout.fileno(), 10)
-            child.send_signal(signal.SIGINT)
-        child.stdin.close()
-        while os.read(child.stdout.fileno(), 100000):
-            pass
-        assert child.wait(timeout=30) == 0 and child.stderr.read() == b''
+    assert talk_and_interrupt('sample.py', f'--out_dir={trained / "out"}', *settings, cwd=tmp_path) == ''
 
 
 @pytest.mark.parametrize('quantize', ['', 'int8'])
