@@ -17,6 +17,7 @@ os.environ.update(
     OMP_NUM_THREADS='1',  # two test processes share two cores
     TORCHINDUCTOR_COMPILE_THREADS='1',  # the same; and no worker processes, which each import torch first
     HF_HUB_OFFLINE='1',  # no network
+    HF_DEACTIVATE_ASYNC_LOAD='1',  # transformers loads in one thread: in a fork, torch's pool does not know others
     WANDB_MODE='offline',
 )
 
