@@ -53,6 +53,15 @@ class Ranks:
             tensor /= self.world_size
         return tensor
 
+    def gather(self, value) -> list:
+        """Each rank's value, any Python object, on all ranks. A collective: every rank must call it."""
+        if self.world_size == 1:
+            return [value]
+        self.entering()
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     @staticmethod
     def entering():
         """Count a collective, so that the heartbeat can tell which rank is behind."""

@@ -161,8 +161,8 @@ def drop_later_records(out_dir, resumed_at, evaluated_at):
     if not os.path.exists(path):
         return []
 
-    def stays(record):  # an evaluation or samples at the very iteration of the save came before it
-        reported = 'samples' in record or 'val/loss' in record and evaluated_at == resumed_at
+    def stays(record):  # an evaluation, samples or benchmarks at the very iteration of the save came before it
+        reported = evaluated_at == resumed_at if 'val/loss' in record else 'loss' not in record
         return record['iter'] < resumed_at + reported
 
     with user_errors(OSError, where=f'cannot write {path}: '):
@@ -170,6 +170,13 @@ def drop_later_records(out_dir, resumed_at, evaluated_at):
         with written_whole(path, 'w') as file:
             file.writelines(to_json(record) + '\n' for record in records)
     return records
+
+
+def append_record(out_dir: str, record: dict):
+    """Append a record to the metrics.jsonl of a run that may be under way. UserError if it cannot be written."""
+    path = os.path.join(out_dir, FILE)
+    with user_errors(OSError, where=f'cannot write {path}: '), open(path, 'a', encoding='utf-8', newline='') as file:
+        file.write(to_json(record) + '\n')
 
 
 def to_json(record):
@@ -207,11 +214,13 @@ def is_record(value):
 
 
 def evaluation_line(record: dict) -> str:
-    """The line of an evaluation, with the bits per byte if they are known."""
+    """The line of an evaluation, with the bits per byte and the scores on benchmarks if they are known."""
     bits = record.get('val/bits_per_byte')
+    scores = {key: value for key, value in record.items() if '/' in key and not key.startswith(('train/', 'val/'))}
     return (
         f'step {record["iter"]}: train loss {record["train/loss"]:.4f}, val loss {record["val/loss"]:.4f}'
         f'{"" if bits is None else f", {bits:.4f} bits per byte"}'
+        + ''.join(f', {key} {"?" if value is None else f"{value:.4f}"}' for key, value in scores.items())
     )
 
 

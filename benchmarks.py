@@ -1,0 +1,498 @@
+"""Public benchmarks through lm-evaluation-harness (the package lm_eval): our models as one of its language models.
+
+lm_eval brings the tasks: it asks for log-likelihoods of continuations and for generated texts, and turns the answers
+into scores. What is asked is what its own model 'hf' computes for the same weights: which tokens a text becomes, what
+is cut from the left, where a text ends. How it is computed is ours: requests are batched by tokens, tokens that several
+requests have in common are read once, only scored positions get logits, and all ranks share the work.
+
+    suite = Benchmarks('lambada_openai,core', model, spec, ranks, device, dtype)
+    for name, scores in suite.run():
+        ...                             {'acc': 0.33, 'acc_stderr': 0.03, 'n': 300, …}
+"""
+
+import difflib
+import logging
+import math
+import os
+import random
+import sys
+from contextlib import contextmanager, redirect_stdout
+
+import numpy as np
+import torch
+
+os.environ.setdefault('TQDM_DISABLE', '1')  # lm_eval shows five bars for a task; ours alone stays
+os.environ.setdefault('DISABLE_MULTIPROC', '1')  # lm_eval would fork this process, threads and all, for standard errors
+from common.errors import UserError, user_errors
+
+with user_errors(ImportError, where='benchmarks need the package lm_eval: pip install lm_eval; '):
+    import datasets
+    from lm_eval import evaluator
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+
+from chat import ChatTemplate
+from common.device import autocast, uncompiled
+from common.distributed import Ranks
+from formats.eval_bundle import read_bundle
+from generation import KVCache, Sample, Sampling, generate
+from model import MAX_LOGITS
+from tokenizer import load_tokenizer, text_vocab_size
+
+SEED = 1234  # lm_eval's, of few-shot examples
+BOOTSTRAP = 1000  # resamplings for the standard errors that have no formula, such as that of a perplexity
+MAX_GEN_TOKS = 256  # tokens to generate where a task does not say how many
+MIN_SHARED = 16  # tokens that all requests of a batch begin with, to be worth a pass of their own
+SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+
+
+class Interrupted(Exception):
+    """A signal asks this process to end."""
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class Benchmarks:
+    """Tasks by name, loaded, and the model to judge."""
+
+    def __init__(
+        self, tasks, model, spec, ranks, device, dtype, path='', limit=0, shots=-1, chat=False, batch_tokens=8192
+    ):
+        """tasks: names of tasks, groups or tags of lm_eval or in `path`, with commas between; 'core' is ours.
+        model: a GPT on the device, perhaps sharded. spec: its tokenizer's. dtype: of products.
+        path: a folder of YAML files with tasks of one's own; for 'core' the folder of the evaluation bundle.
+        limit: examples per task; 0: all. shots: examples before a question; -1: as the task says.
+        chat: requests as conversations. batch_tokens: per batch, padding included.
+
+        UserError for an unknown task, one whose data are missing, or a model without a tokenizer.
+        """
+        for name in ('lm_eval', 'datasets'):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        # a sharded model is computed by all ranks together: each then answers all requests
+        self.lm = HarnessModel(
+            model, spec, Ranks() if hasattr(model, 'unshard') else ranks, device, dtype, batch_tokens
+        )
+        self.limit, self.shots, self.chat = limit or None, shots, chat
+        if chat:
+            self.lm.template = ChatTemplate(spec)
+        with unchanged_randomness(device):
+            self.tasks = self.load([name for name in tasks.split(',') if name], path)
+
+    def load(self, names, path):
+        """Tasks by name -> {name: what evaluator.evaluate takes, or for 'core' a list of that}."""
+        if path and not os.path.isdir(path):
+            raise UserError(f'--task_path={path}: there is no such folder')
+        others = [name for name in dict.fromkeys(names) if name != 'core']
+        manager = TaskManager(include_path=path, include_defaults=False) if path else None
+        if others and not (manager and all(map(manager.match_tasks, ([name] for name in others)))):
+            manager = TaskManager(include_path=path or None)  # an index of 14,000 tasks, which takes a while
+        found = {}
+        for name in dict.fromkeys(names):
+            if name == 'core':
+                parts = [CoreTask(part, self.lm, self.limit) for part in read_bundle(path)]
+                found[name] = [{'tasks': {part.config.task: part}, 'groups': {}} for part in parts]
+                continue
+            matches = manager.match_tasks([name])
+            if not matches:
+                nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.0)
+                hint = f'the nearest is {nearest[0]}' if nearest else f'{path} has no tasks'
+                raise UserError(f'--tasks={name}: unknown task; {hint}')
+            for match in matches:
+                with user_errors(Exception, where=f'--tasks={match}: its description or its data cannot be loaded: '):
+                    found[match] = manager.load([match])
+                self.check(match, found[match]['tasks'].values())
+        return found
+
+    def check(self, name, tasks):
+        """Refuse what this model cannot do. Set the number of examples before a question, as lm_eval does."""
+        for task in tasks:
+            if getattr(task, 'MULTIMODAL', False) or getattr(task, 'UNSAFE_CODE', False):
+                what = 'needs pictures or sound' if getattr(task, 'MULTIMODAL', False) else 'runs what a model wrote'
+                raise UserError(f'--tasks={name}: {task.task_name} {what}, which is not supported')
+            fixed = task.get_config('num_fewshot')
+            if fixed is None or self.shots >= 0 and fixed != 0:  # 0 in a task's description means never
+                task.set_config(key='num_fewshot', value=max(self.shots, 0))
+
+    def run(self, interrupted=lambda: False, bootstrap=BOOTSTRAP, progress=False):
+        """Yields (name, scores) of each task when it is done, all ranks the same. A collective: every rank calls it.
+
+        scores: {'acc': …, 'acc_stderr': …, 'n': examples, 'shots': examples before a question, 'version': …}, None
+        where something is not known. interrupted: called after each batch; True, on all ranks, raises Interrupted.
+        The model's mode and all random states are the same afterwards.
+        """
+        self.lm.interrupted = interrupted
+        self.lm.progress = progress and self.lm.ranks.is_main
+        for name, loaded in self.tasks.items():
+            if name != 'core':
+                yield from self.evaluate(loaded, bootstrap).items()
+                continue
+            centered = []
+            for part in loaded:
+                for label, scores in self.evaluate(part, bootstrap).items():
+                    centered.append(scores['centered'])
+                    yield label, scores
+            yield 'core', {'centered': sum(centered) / len(centered), 'n': len(centered)}
+
+    def record(self, interrupted=lambda: False) -> dict:
+        """The scores as entries for a run's log, {'lambada_openai/acc': …}; of what is done, if interrupted."""
+        entries = {}
+        try:
+            for name, scores in self.run(interrupted, bootstrap=0):
+                entries |= log_entries(name, scores)
+        except Interrupted:
+            pass
+        return entries
+
+    def evaluate(self, loaded, bootstrap):
+        """Ask and score -> {name of a task or group: scores}."""
+        options = {'limit': self.limit, 'bootstrap_iters': bootstrap, 'log_samples': False}
+        with unchanged_randomness(self.lm.device), self.lm.ready(), redirect_stdout(sys.stderr):
+            for task in loaded['tasks'].values():
+                task.set_fewshot_seed(seed=SEED)
+            result = evaluator.evaluate(self.lm, loaded, apply_chat_template=self.chat, **options)
+        return {name: self.scores(name, result) for name in result['results']}
+
+    @staticmethod
+    def scores(name, result):
+        """What lm_eval found for a task or group, as run() describes it."""
+        found = {}
+        for key, value in result['results'][name].items():
+            metric, comma, kind = key.partition(',')
+            if comma and isinstance(value, (int, float)):  # a text where there is no standard error
+                found[metric if kind == 'none' else key] = float(value) if math.isfinite(value) else None
+        found = {key: value for key, value in found.items() if value is not None or not key.endswith('_stderr')}
+        about = {'n': result['results'][name].get('sample_len'), 'shots': result['n-shot'].get(name)}
+        return {**found, **about, 'version': result['versions'].get(name)}
+
+
+def metrics_of(scores: dict) -> list[tuple]:
+    """Scores -> (metric, value, standard error or None) each."""
+    about = ('n', 'shots', 'version')
+    names = [key for key in scores if key not in about and not key.partition(',')[0].endswith('_stderr')]
+    return [
+        (name, scores[name], scores.get('_stderr,'.join(name.split(',')) if ',' in name else f'{name}_stderr'))
+        for name in names
+    ]
+
+
+def log_entries(name: str, scores: dict) -> dict:
+    """Scores as entries of a record in a run's log, such as {'lambada_openai/acc': 0.33}."""
+    return {f'{name}/{metric}': value for metric, value, _ in metrics_of(scores)}
+
+
+@contextmanager
+def unchanged_randomness(device):
+    """Within the block lm_eval's seeds hold; afterwards all random states are as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class CoreTask(ConfigurableTask):
+    """A part of CORE (Li et al. 2024, "DataComp-LM", section 3.5) as a task of lm_eval."""
+
+    def __init__(self, part, lm, limit):
+        """part: a formats.eval_bundle.Part. lm: the HarnessModel."""
+        self.part, self.lm = part, lm
+        mean = {'aggregation': 'mean', 'higher_is_better': True}
+        items = part.items(limit, lm.start_text)
+        super().__init__(
+            config={
+                'task': f'core/{part.label}',
+                'custom_dataset': lambda **_: {'test': datasets.Dataset.from_list(items)},
+                'test_split': 'test',
+                'output_type': 'loglikelihood',
+                'doc_to_text': lambda item: '',  # the prompts are complete, examples and all
+                'doc_to_target': lambda item: '',
+                'metric_list': [{'metric': 'acc', **mean}, {'metric': 'centered', **mean}],
+                'process_results': self.score,
+                'num_fewshot': 0,
+            }
+        )
+
+    def construct_requests(self, doc, ctx, **keywords):
+        pairs = enumerate(zip(doc['contexts'], doc['continuations']))
+        return [Instance('loglikelihood', doc, pair, i, keywords['metadata']) for i, pair in pairs]
+
+    def score(self, doc, answers):
+        """Right if the continuation is what greedy decoding gives; of several, if its mean over tokens is highest."""
+        if len(answers) == 1:
+            right = answers[0][1]
+        else:
+            pairs = zip(doc['contexts'], doc['continuations'])
+            means = [total / len(self.lm._encode_pair(*pair)[1]) for (total, _), pair in zip(answers, pairs)]
+            right = means.index(max(means)) == doc['gold']
+        return {'acc': float(right), 'centered': (right - self.part.baseline) / (1 - self.part.baseline)}
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class HarnessModel(TemplateLM):
+    """A GPT as lm_eval sees it: texts in, log-likelihoods and texts out."""
+
+    def __init__(self, model, spec, ranks, device, dtype, batch_tokens=8192):
+        """See Benchmarks. lm_eval itself sees a single rank."""
+        super().__init__()
+        if not spec:
+            raise UserError('the model comes with no tokenizer, so it cannot be given the text of a benchmark')
+        with user_errors(ValueError, where="the model's tokenizer: "):
+            self.tokenizer = load_tokenizer(spec)
+        if text_vocab_size(spec) > model.config.vocab_size:
+            sizes = f'{text_vocab_size(spec)} ids, the model {model.config.vocab_size}'
+            raise UserError(f'the tokenizer has {sizes}: they do not belong together')
+        self.model, self.ranks, self._device, self.dtype = model, ranks, device, dtype
+        self.batch_tokens, self.max_length = batch_tokens, model.config.block_size
+        self.interrupted, self.progress, self.template = lambda: False, False, None
+        bos = (spec.get('special_tokens') or {}).get('bos_token')
+        ids = self.tokenizer.encode(bos, special=True).tolist() if bos else []
+        self.start = ids[0] if len(ids) == 1 else self.tokenizer.end_of_text  # the id before a text that has no context
+        self.start_text = '' if self.start is None else self.tokenizer.decode([self.start])
+        self.ends = {self.tokenizer.end_of_text} - {None}
+        if spec.get('chat_template'):
+            self.ends |= ChatTemplate(spec).end_of_turn(self.tokenizer)
+
+    @contextmanager
+    def ready(self):
+        """Within the block the model can be called as it is here; its mode is restored afterwards."""
+        was_training, sharded = self.model.training, hasattr(self.model, 'unshard')
+        self.model.eval()
+        try:
+            if sharded:
+                self.model.unshard()  # embedding and head; its own call would do that, layers do it themselves
+            with torch.inference_mode(), autocast(self.device, self.dtype), uncompiled():
+                yield
+        finally:
+            self.model.train(was_training)
+            if sharded:
+                self.model.reshard()
+
+    # what lm_eval calls, under its names
+
+    @property
+    def eot_token_id(self):
+        return self.tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self):
+        if self.start is None:
+            raise UserError("the model's tokenizer has no token that starts or ends a text, which this task needs")
+        return self.start
+
+    @property
+    def tokenizer_name(self):
+        return ''  # only names caches of requests, of which we make none
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        """Text -> ids, special tokens as tokens, after the ids that start every text unless the text has them."""
+        with user_errors(ValueError, where="the model's tokenizer: "):
+            ids = self.tokenizer.encode(string, special=True).tolist()
+        starts = add_special_tokens or add_special_tokens is None and not self.begins(string)
+        return [*self.tokenizer.prefix, *ids] if starts else ids
+
+    def begins(self, string):
+        """Does a text begin with the token that starts a text?"""
+        return bool(self.start_text) and string.startswith(self.start_text)
+
+    def tok_decode(self, ids):
+        """Ids -> text without special tokens."""
+        special = {self.tokenizer.end_of_text, *getattr(self.tokenizer, 'special', ())}
+        return self.tokenizer.decode([id for id in ids if id not in special])
+
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        """A conversation as text; without a prompt for the answer it ends where its last message ends."""
+        text = self.template.render(messages, add_generation_prompt)
+        last = messages[-1]['content'].strip()
+        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """The log-likelihoods of whole texts, in windows of block_size."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for owner, (total, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[owner] += total
+        return totals
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+        """(anything, ids of a context, ids of a continuation) each -> (log-likelihood of the continuation, whether it
+        is what greedy decoding gives) each."""
+        # What the model reads is everything but the last token. Requests that agree in it are one row; rows that agree
+        # before the first scored token are one group, and stay together.
+        rows = {}  # tokens of a row: the requests that it answers
+        for i, (_, context, continuation) in enumerate(requests):
+            if not context or len(continuation) > self.max_length:
+                what = f'{len(continuation)} tokens to score, the model {self.max_length} positions'
+                raise UserError(f'a request has {what if context else "no tokens before those to score"}')
+            if continuation:
+                row = tuple((context + continuation)[-(self.max_length + 1) : -1])
+                rows.setdefault(row, []).append((i, continuation))
+        groups = {}
+        for row, asked in rows.items():
+            scored = max(len(continuation) for _, continuation in asked)
+            groups.setdefault(row[: len(row) - scored], []).append(row)
+        ordered = sorted(groups.items(), key=lambda item: (-max(map(len, item[1])), item[0]))
+        pairs = [(head, row) for head, group in ordered for row in sorted(group)]
+        batches = in_batches(pairs, lambda pair: len(pair[1]), self.batch_tokens)
+        answers = self.share(batches, lambda batch: self.score_rows(batch, rows))
+        return [answers.get(i, (0.0, True)) for i in range(len(requests))]  # nothing to score is certain
+
+    def score_rows(self, batch, rows):
+        """A batch of (what a row shares with others of its group, row) -> {request: its answer}."""
+        hidden, first = self.read(batch)  # (B, T, C)
+        T, places, targets, spans = hidden.size(1), [], [], []
+        for r, (_, row) in enumerate(batch):
+            for i, continuation in rows[row]:
+                end = r * T + len(row) - first[r]
+                spans.append((i, len(targets), len(targets) + len(continuation)))
+                places += range(end - len(continuation), end)
+                targets += continuation
+        x = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)]  # (N, C), of N scored tokens
+        at_once = max(1, MAX_LOGITS // self.model.config.vocab_size)
+        log_probs, greedy = [], []
+        targets = torch.tensor(targets, device=self.device)
+        for part, y in zip(x.split(at_once), targets.split(at_once)):
+            logits = self.model.logits(part).float()
+            log_probs += (logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)).tolist()
+            greedy += (logits.argmax(dim=-1) == y).tolist()
+        return {i: (sum(log_probs[start:end]), all(greedy[start:end])) for i, start, end in spans}
+
+    def read(self, batch):
+        """A batch as score_rows takes it -> the final hidden states of the ends of its rows (B, T, C), padded at the
+        end, and the position at which each row's begin. What rows have in common is read once, where that is less."""
+        heads, rows = list(dict.fromkeys(head for head, _ in batch)), [row for _, row in batch]
+        common = os.path.commonprefix(heads)
+        n_heads, n_rows = max(map(len, heads)), max(map(len, rows))
+        tail = max(len(row) - len(head) for head, row in batch)
+        cache, known = None, len(common) if len(common) >= MIN_SHARED and len(rows) > 1 else 0
+        if known:
+            cache = self.extend(None, [None], [common])[1]
+        parents, first = [0] * len(rows), [known] * len(rows)
+        if len(heads) * (n_heads - known) + len(rows) * tail < len(rows) * (n_rows - known):
+            if n_heads + tail <= self.max_length:  # else padding would lie beyond the last position
+                cache = self.extend(cache, [0] * len(heads), [head[known:] for head in heads])[1]
+                number = {head: n for n, head in enumerate(heads)}
+                parents, first = [number[head] for head, _ in batch], [len(head) for head, _ in batch]
+        if not cache:
+            return self.model.hidden(self.padded(rows)), first
+        return self.extend(cache, parents, [row[start:] for row, start in zip(rows, first)])[0], first
+
+    def extend(self, cache, parents, pieces):
+        """Read pieces[r] after row parents[r] of a cache, or at the start without one -> hidden states, new cache."""
+        lengths = [cache.lengths[parent] if cache else 0 for parent in parents]
+        new = KVCache(
+            self.model.config, len(pieces), max(lengths) + max(map(len, pieces)), self.device, self.cache_dtype()
+        )
+        if cache:
+            new.put(list(range(len(pieces))), cache, parents)
+        idx = self.padded(pieces)
+        new.extend(idx.size(1))
+        hidden = self.model.hidden(idx, new)
+        new.lengths = [length + len(piece) for length, piece in zip(lengths, pieces)]
+        return hidden, new
+
+    def padded(self, rows):
+        """Tuples of ids -> (B, T), zeros at the ends."""
+        width = max(map(len, rows))
+        return torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=self.device)
+
+    def cache_dtype(self):
+        """Of keys and values."""
+        return self.dtype if self.dtype != torch.float32 else self.model.transformer.wte.weight.dtype
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """The texts that continue the contexts, up to the first of the texts in `until`."""
+        groups = {}  # requests of the same settings
+        for i, request in enumerate(requests):
+            context, options = request.args
+            groups.setdefault(repr(options), (options, []))[1].append((i, self.tok_encode(context)))
+        answers = {}
+        for options, asked in groups.values():
+            answers |= self.generate_alike(asked, *self.generation_settings(options))
+        return [answers[i] for i in range(len(requests))]
+
+    def generate_alike(self, asked, sampling, until, n):
+        """(request, ids) each -> {request: text}, all of the same settings."""
+        longest = self.max_length - n
+        rows = [(i, ids[-longest:] or [self.prefix_token_id]) for i, ids in asked]
+        rows.sort(key=lambda row: (-len(row[1]), row))
+        batches = in_batches(rows, lambda row: len(row[1]) + n, self.batch_tokens)
+        return self.share(batches, lambda batch: self.generate_texts(batch, sampling, until, n))
+
+    def generation_settings(self, options):
+        """A task's generation_kwargs -> Sampling, texts that end an answer, most tokens."""
+        settings = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
+        n, until, sampled = settings.pop('max_gen_toks'), settings.pop('until'), settings.pop('do_sample')
+        eos = self.tokenizer.end_of_text
+        until = handle_stop_sequences(until, None if eos is None else self.tokenizer.decode([eos]))
+        unknown = [key for key in settings if key not in SAMPLING]
+        if unknown:
+            raise UserError(f'a task generates with {unknown[0]}={settings[unknown[0]]!r}, which is not supported')
+        if not 0 < n < self.max_length:
+            raise UserError(f'a task generates up to {n} tokens, the model has only {self.max_length} positions')
+        if sampled:
+            settings.setdefault('top_k', 50)  # the default of transformers
+        else:
+            settings['temperature'] = 0.0
+        n_ids = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+        with user_errors(ValueError, TypeError, where="a task's generation_kwargs: "):
+            return Sampling(**settings, vocab_size=n_ids), [text for text in until if text], n
+
+    def generate_texts(self, batch, sampling, until, n):
+        """A batch of (request, ids) -> {request: text}."""
+        samples = [Sample(ids, (SEED, i), self.tokenizer, until, self.ends) for i, ids in batch]
+        for _ in generate(self.model, samples, n, sampling):
+            if self.ranks.world_size == 1 and self.interrupted():
+                raise Interrupted
+        texts = {}
+        for (i, _), sample in zip(batch, samples):
+            texts[i] = self.tok_decode(sample.ids)
+            for text in until:
+                texts[i] = texts[i].split(text)[0]
+        return texts
+
+    def share(self, batches, compute):
+        """Call compute for every batch on one of the ranks -> its dicts merged, on all ranks. A collective."""
+        world_size, mine = self.ranks.world_size, {}
+        bar = tqdm(total=sum(map(len, batches)), leave=False, disable=None if self.progress else True)
+        for first in range(0, len(batches), world_size):
+            for batch in batches[first + self.ranks.rank :][:1]:
+                mine |= compute(batch)
+            bar.update(sum(map(len, batches[first : first + world_size])))
+            if self.interrupted():
+                raise Interrupted
+        bar.close()
+        merged = {}
+        for answers in self.ranks.gather(mine):
+            merged |= answers
+        return merged
+
+
+def in_batches(items, length, limit) -> list[list]:
+    """Cut a list, longest items first, into batches of at most `limit` tokens, padded; at least one item each."""
+    batches, longest = [], 0
+    for item in items:
+        longest = max(longest, length(item))
+        if not batches or (len(batches[-1]) + 1) * longest > limit:
+            batches.append([])
+            longest = length(item)
+        batches[-1].append(item)
+    return batches
