@@ -11,17 +11,17 @@ requests have in common are read once, only scored positions get logits, and all
 """
 
 import difflib
+import io
 import logging
 import math
 import os
 import random
-import sys
 from contextlib import contextmanager, redirect_stdout
+from functools import partialmethod
 
 import numpy as np
 import torch
 
-os.environ.setdefault('TQDM_DISABLE', '1')  # lm_eval shows five bars for a task; ours alone stays
 os.environ.setdefault('DISABLE_MULTIPROC', '1')  # lm_eval would fork this process, threads and all, for standard errors
 from common.errors import UserError, user_errors
 
@@ -82,7 +82,7 @@ class Benchmarks:
         self.limit, self.shots, self.chat = limit or None, shots, chat
         if chat:
             self.lm.template = ChatTemplate(spec)
-        with unchanged_randomness(device):
+        with contained(device):
             self.tasks = self.load([name for name in tasks.split(',') if name], path)
 
     def load(self, names, path):
@@ -153,7 +153,7 @@ class Benchmarks:
     def evaluate(self, loaded, bootstrap):
         """Ask and score -> {name of a task or group: scores}."""
         options = {'limit': self.limit, 'bootstrap_iters': bootstrap, 'log_samples': False}
-        with unchanged_randomness(self.lm.device), self.lm.ready(), redirect_stdout(sys.stderr):
+        with contained(self.lm.device), self.lm.ready():
             for task in loaded['tasks'].values():
                 task.set_fewshot_seed(seed=SEED)
             result = evaluator.evaluate(self.lm, loaded, apply_chat_template=self.chat, **options)
@@ -188,18 +188,21 @@ def log_entries(name: str, scores: dict) -> dict:
 
 
 @contextmanager
-def unchanged_randomness(device):
-    """Within the block lm_eval's seeds hold; afterwards all random states are as before."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        random.seed(0)
-        np.random.seed(SEED)
-        torch.manual_seed(SEED)
-        try:
+def contained(device):
+    """Within the block lm_eval's seeds hold, and its progress bars and prints are not shown. Afterwards all random
+    states are as before."""
+    states, initialize = (random.getstate(), np.random.get_state()), tqdm.__init__
+    tqdm.__init__ = partialmethod(initialize, disable=True)  # unless a bar says otherwise, as ours does
+    try:
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []), redirect_stdout(io.StringIO()):
+            random.seed(0)
+            np.random.seed(SEED)
+            torch.manual_seed(SEED)
             yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    finally:
+        tqdm.__init__ = initialize
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class CoreTask(ConfigurableTask):
@@ -319,6 +322,9 @@ class HarnessModel(TemplateLM):
         last = messages[-1]['content'].strip()
         return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
 
+    def loglikelihood(self, requests, disable_tqdm=True):
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """The log-likelihoods of whole texts, in windows of block_size."""
         windows, owners = [], []
@@ -405,7 +411,7 @@ class HarnessModel(TemplateLM):
             new.put(list(range(len(pieces))), cache, parents)
         idx = self.padded(pieces)
         new.extend(idx.size(1))
-        hidden = self.model.hidden(idx, new)
+        hidden = self.model.hidden(idx, cache=new)
         new.lengths = [length + len(piece) for length, piece in zip(lengths, pieces)]
         return hidden, new
 

@@ -1,5 +1,5 @@
-"""The loss of a trained model on a data set: nats per token, perplexity, and bits per byte of the text. Or its scores on
-public benchmarks, see docs/evaluation.md.
+"""The loss of a trained model on a data set: nats per token, perplexity, and bits per byte of the text. Or its scores
+on public benchmarks, see docs/evaluation.md.
 
 python evaluate.py --out_dir=out-shakespeare-char                  the whole validation split, in whole windows
 python evaluate.py --out_dir=out-shakespeare-char --quantize=int8  and what 8-bit weights cost
@@ -92,8 +92,8 @@ def benchmark():
                 print_scores(name, scores)
     except Interrupted:
         status = 128 + (stop.received or signal.SIGTERM)  # the shell's status after a signal
-        done = f'{", ".join(found)} are done' if found else 'no task is done'
-        say(f'interrupted: {done}, of {", ".join(suite.tasks)}', file=sys.stderr)
+        left = [name for name in suite.tasks if name not in found]
+        say(f'interrupted: done {", ".join(found) or "nothing"}; not done {", ".join(left)}', file=sys.stderr)
     if json:
         say(json_format.dumps({'scores': found, 'limit': limit or None, 'complete': status == 0}))
     if path and found and ranks.is_main:

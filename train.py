@@ -35,6 +35,10 @@ out_dir = 'out'  # folder for checkpoints and metrics.jsonl
 eval_interval = 2000  # iterations between evaluations, each followed by a save
 log_interval = 1  # iterations between lines of the log
 eval_iters = 200  # batches per evaluation of each split; 0: all of val, and the same number of train batches
+eval_tasks = ''  # benchmarks at evaluations too, such as 'lambada_openai,hellaswag', see docs/evaluation.md; '': none
+eval_tasks_every = 1  # at every so many evaluations, and at the last
+eval_tasks_limit = 100  # examples per task; 0: all
+eval_tasks_path = ''  # folder with tasks of your own, or with the bundle that the task 'core' needs
 eval_only = False  # evaluate once and stop, changing nothing
 always_save_checkpoint = True  # save after every evaluation; False: only after the best so far, and at the end
 keep_saves = 1  # keep the last so many saves; the latest is resumed
@@ -91,13 +95,14 @@ backend = 'auto'  # of communication between ranks: 'nccl', 'gloo'; 'auto': nccl
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
 compile = True  # compile the model: slow to start, faster to run
-config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from'))
+config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from', 'eval_tasks_path'))
 
 counts = 'keep_saves eval_interval log_interval gradient_accumulation_steps batch_size block_size vocab_multiple'
 schedule = 'max_iters learning_rate muon_learning_rate min_lr warmup_iters lr_decay_iters cooldown_iters patience'
 others = 'weight_decay grad_clip target_val_loss eval_iters sample_interval batch_ramp_from batch_ramp_iters seed'
-require(config, f'{counts} max_skipped_iters', 'at least 1', lambda v: v >= 1)
+require(config, f'{counts} max_skipped_iters eval_tasks_every', 'at least 1', lambda v: v >= 1)
 require(config, f'{schedule} {others}', 'a number of at least 0', lambda v: 0 <= v < math.inf)
+require(config, 'eval_tasks_limit', '0 or more', lambda v: v >= 0)
 require(config, 'batch_ramp_iters', 'at most 10,000,000', lambda v: v <= 10**7)
 require(config, 'dropout beta1 beta2 muon_momentum', 'in [0, 1)', lambda v: 0 <= v < 1)
 check_optimizer(config)
@@ -106,6 +111,8 @@ if 'vocab_size' in config.given:
 dataset = config['dataset'] = dataset_name(dataset)
 if not eval_only:
     chosen_trackers(config)  # a missing package is an error before anything is loaded
+if eval_tasks:
+    from benchmarks import Benchmarks  # the same
 
 # --- device and ranks -------------------------------------------------------------------------------------------------
 watch = devices.Stopwatch()
@@ -192,9 +199,13 @@ if ranks.is_main and not eval_only:
     log = start_trackers(config, out_dir, saved_trackers(checkpoint or {}), resumed_at, evaluated_at)
 token_bytes = bytes_per_token(data.tokenizer, download=False)  # training needs no network
 
+suite = None
+if eval_tasks:
+    suite = Benchmarks(eval_tasks, raw_model, data.tokenizer, ranks, device, dtype, eval_tasks_path, eval_tasks_limit)
+
 
 def evaluate_splits():
-    """Evaluate on fixed windows of both splits -> a record for the log."""
+    """Evaluate on fixed windows of both splits, and on benchmarks when due -> a record for the log."""
     record = {'iter': iter_num}
     for split, tokens in splits.items():
         share = eval_batches(tokens, block_size, batch_size, eval_iters, ranks, device)
@@ -202,6 +213,8 @@ def evaluate_splits():
         record[f'{split}/loss'] = result.loss
     if result.bits_per_byte:
         record['val/bits_per_byte'] = result.bits_per_byte
+    if suite and (iter_num // eval_interval % eval_tasks_every == 0 or iter_num >= max_iters):
+        record |= suite.record(lambda: stop and stop.on_any(ranks))
     return record
 
 
