@@ -7,7 +7,7 @@ requests have in common are read once, only scored positions get logits, and all
 
     suite = Benchmarks('lambada_openai,core', model, spec, ranks, device, dtype)
     for name, scores in suite.run():
-        ...                             {'acc': 0.33, 'acc_stderr': 0.03, 'n': 300, …}
+        ...              {'metrics': {'acc': {'value': 0.33, 'stderr': 0.03}, …}, 'n': 300, 'shots': 0, 'version': 1.0}
 """
 
 import difflib
@@ -75,13 +75,14 @@ class Benchmarks:
         for name in ('lm_eval', 'datasets'):
             logging.getLogger(name).setLevel(logging.ERROR)
         datasets.disable_progress_bars()
-        # a sharded model is computed by all ranks together: each then answers all requests
-        self.lm = HarnessModel(
-            model, spec, Ranks() if hasattr(model, 'unshard') else ranks, device, dtype, batch_tokens
-        )
+        if hasattr(model, 'unshard'):  # a sharded model is computed by all ranks together: each answers all requests
+            ranks = Ranks()
+        self.lm = HarnessModel(model, spec, ranks, device, dtype, batch_tokens)
         self.limit, self.shots, self.chat = limit or None, shots, chat
         if chat:
             self.lm.template = ChatTemplate(spec)
+        if not tasks.strip(','):
+            raise UserError('--tasks=: needs a name, such as lambada_openai')
         with contained(device):
             self.tasks = self.load([name for name in tasks.split(',') if name], path)
 
@@ -123,8 +124,9 @@ class Benchmarks:
     def run(self, interrupted=lambda: False, bootstrap=BOOTSTRAP, progress=False):
         """Yields (name, scores) of each task when it is done, all ranks the same. A collective: every rank calls it.
 
-        scores: {'acc': …, 'acc_stderr': …, 'n': examples, 'shots': examples before a question, 'version': …}, None
-        where something is not known. interrupted: called after each batch; True, on all ranks, raises Interrupted.
+        scores: {'metrics': {'acc': {'value': …, 'stderr': …}, …}, 'n': examples, 'shots': examples before a question,
+        'version': of the task}, None where something is not known.
+        interrupted: called after each batch; True, on all ranks, raises Interrupted.
         The model's mode and all random states are the same afterwards.
         """
         self.lm.interrupted = interrupted
@@ -136,9 +138,10 @@ class Benchmarks:
             centered = []
             for part in loaded:
                 for label, scores in self.evaluate(part, bootstrap).items():
-                    centered.append(scores['centered'])
+                    centered.append(scores['metrics']['centered']['value'])
                     yield label, scores
-            yield 'core', {'centered': sum(centered) / len(centered), 'n': len(centered)}
+            mean = {'value': sum(centered) / len(centered), 'stderr': None}
+            yield 'core', {'metrics': {'centered': mean}, 'n': len(centered), 'shots': None, 'version': None}
 
     def record(self, interrupted=lambda: False) -> dict:
         """The scores as entries for a run's log, {'lambada_openai/acc': …}; of what is done, if interrupted."""
@@ -156,35 +159,32 @@ class Benchmarks:
         with contained(self.lm.device), self.lm.ready():
             for task in loaded['tasks'].values():
                 task.set_fewshot_seed(seed=SEED)
-            result = evaluator.evaluate(self.lm, loaded, apply_chat_template=self.chat, **options)
+            with user_errors(ImportError, where='a task needs a package that is not installed: '):
+                result = evaluator.evaluate(self.lm, loaded, apply_chat_template=self.chat, **options)
         return {name: self.scores(name, result) for name in result['results']}
 
     @staticmethod
     def scores(name, result):
         """What lm_eval found for a task or group, as run() describes it."""
-        found = {}
-        for key, value in result['results'][name].items():
-            metric, comma, kind = key.partition(',')
-            if comma and isinstance(value, (int, float)):  # a text where there is no standard error
-                found[metric if kind == 'none' else key] = float(value) if math.isfinite(value) else None
-        found = {key: value for key, value in found.items() if value is not None or not key.endswith('_stderr')}
-        about = {'n': result['results'][name].get('sample_len'), 'shots': result['n-shot'].get(name)}
-        return {**found, **about, 'version': result['versions'].get(name)}
+        values, metrics = result['results'][name], {}
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(',')  # such as 'acc,none', 'exact_match,strict-match'
+            if comma and not metric.endswith('_stderr') and isinstance(value, (int, float)):
+                stderr = values.get(f'{metric}_stderr,{filtered}')
+                label = metric if filtered == 'none' else key
+                metrics[label] = {'value': finite(value), 'stderr': finite(stderr)}
+        about = {'n': values.get('sample_len'), 'shots': result['n-shot'].get(name)}
+        return {'metrics': metrics, **about, 'version': result['versions'].get(name)}
 
 
-def metrics_of(scores: dict) -> list[tuple]:
-    """Scores -> (metric, value, standard error or None) each."""
-    about = ('n', 'shots', 'version')
-    names = [key for key in scores if key not in about and not key.partition(',')[0].endswith('_stderr')]
-    return [
-        (name, scores[name], scores.get('_stderr,'.join(name.split(',')) if ',' in name else f'{name}_stderr'))
-        for name in names
-    ]
+def finite(value):
+    """A finite number, or None: JSON has no others, and lm_eval says 'N/A' where there is no standard error."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def log_entries(name: str, scores: dict) -> dict:
     """Scores as entries of a record in a run's log, such as {'lambada_openai/acc': 0.33}."""
-    return {f'{name}/{metric}': value for metric, value, _ in metrics_of(scores)}
+    return {f'{name}/{metric}': found['value'] for metric, found in scores['metrics'].items()}
 
 
 @contextmanager
@@ -318,9 +318,14 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, messages, add_generation_prompt=True):
         """A conversation as text; without a prompt for the answer it ends where its last message ends."""
-        text = self.template.render(messages, add_generation_prompt)
-        last = messages[-1]['content'].strip()
-        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+        text, last = self.template.render(messages, add_generation_prompt), messages[-1]['content']
+        if add_generation_prompt:
+            return text
+        at = text.rfind(last.strip())
+        if at < 0:
+            raise UserError("the model's chat template changes what an answer begins with, so it cannot be continued")
+        kept = last.lstrip()  # a template may strip the white space at its end
+        return text[: at + len(kept if text.startswith(kept, at) else last.strip())]
 
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -449,6 +454,8 @@ class HarnessModel(TemplateLM):
         n, until, sampled = settings.pop('max_gen_toks'), settings.pop('until'), settings.pop('do_sample')
         eos = self.tokenizer.end_of_text
         until = handle_stop_sequences(until, None if eos is None else self.tokenizer.decode([eos]))
+        if settings.get('num_beams') == 1:  # that is, none
+            del settings['num_beams']
         unknown = [key for key in settings if key not in SAMPLING]
         if unknown:
             raise UserError(f'a task generates with {unknown[0]}={settings[unknown[0]]!r}, which is not supported')

@@ -54,7 +54,7 @@ for key in ('task_path', 'limit', 'num_fewshot', 'chat', 'batch_tokens', 'json')
     if key in config.given and not tasks:
         raise UserError(f'--{key}={config[key]}: is for benchmarks; add --tasks=')
 if tasks:
-    from benchmarks import Benchmarks, Interrupted, log_entries, metrics_of  # a missing package is an error at once
+    from benchmarks import Benchmarks, Interrupted, log_entries  # a missing package is an error at once
 
 ranks = find_ranks()
 device, dtype = set_up_device(device, dtype, ranks)
@@ -69,8 +69,8 @@ dataset = dataset or trained_with.get('dataset')
 # --- benchmarks -------------------------------------------------------------------------------------------------------
 def print_scores(name, scores):
     """A line per metric."""
-    for metric, value, stderr in metrics_of(scores):
-        value, stderr = ('' if number is None else f'{number:.4f}' for number in (value, stderr))
+    for metric, found in scores['metrics'].items():
+        value, stderr = ('' if number is None else f'{number:.4f}' for number in (found['value'], found['stderr']))
         say(f'{name:<40} {metric:<28} {value:>10} {stderr:>8} {scores["n"] or "":>7}')
 
 

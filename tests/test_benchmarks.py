@@ -3,7 +3,6 @@
 import importlib
 import json
 import logging
-import math
 import os
 import random
 import signal
@@ -15,9 +14,9 @@ import pytest
 import torch
 from conftest import CHARS, TINY, Forked, metrics, run_forked, run_forked_ok, run_forked_ranks
 
+from chat import ChatTemplate
 from common.distributed import Ranks
 from common.errors import UserError
-from formats.eval_bundle import read_bundle
 from formats.huggingface import write_hf_model
 from formats.tokenizer_files import to_library, write_tokenizer
 from loading import open_model
@@ -32,6 +31,10 @@ from benchmarks import Benchmarks, HarnessModel, Instance
 CPU = torch.device('cpu')
 SHAPE = {'block_size': 48, 'vocab_size': 300, 'n_layer': 2, 'n_head': 2, 'n_embd': 32}
 LLAMA = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'n_kv_head': 1, 'bias': False, 'tie_weights': False}
+CHAT = (
+    '{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}'
+    '{% if add_generation_prompt %}[assistant] {% endif %}'
+)
 WORDS = 'the quick brown fox jumps over a lazy dog and eats bread with soup\n'.split(' ')
 
 
@@ -75,6 +78,7 @@ def pair(request, HFLM, tmp_path_factory):
         start = ('<s>', library.token_to_id('<s>'))
         library.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[start])
         spec = {'kind': 'tokenizers', 'json': library.to_str(), 'special_tokens': {'bos_token': '<s>'}}
+        spec['chat_template'] = CHAT
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE, **(LLAMA if request.param == 'llama' else {}))).eval()
     for parameter in model.parameters():
@@ -159,6 +163,17 @@ def test_generated_texts(pair, batch_tokens):
             ask(lm, 'generate_until', ('the', refused))
 
 
+@pytest.mark.parametrize('pair', ['llama'], indirect=True)
+def test_chat_template(pair):
+    """Conversations, some of which begin an answer that the model continues."""
+    lm = ours(pair, 1)
+    lm.template = ChatTemplate(pair[1])
+    question = [{'role': 'system', 'content': 'a dog'}, {'role': 'user', 'content': 'a fox'}]
+    started = [*question, {'role': 'assistant', 'content': 'the fox '}]
+    for messages, prompt in ((question, True), (started, False)):
+        assert lm.apply_chat_template(messages, prompt) == pair[2].apply_chat_template(messages, prompt)
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 CHOICE = """
@@ -233,7 +248,9 @@ def test_ranks_give_the_same(trained):
     lines = (trained / 'out' / 'metrics.jsonl').read_text().splitlines()[before:]
     assert len(lines) == 2 and lines[0] == lines[1]
     record = json.loads(lines[0])
-    assert record['iter'] == 8 and record['words/acc'] == pytest.approx(alone['scores']['words']['acc'])
+    assert record['iter'] == 8 and record['words/acc'] == pytest.approx(
+        alone['scores']['words']['metrics']['acc']['value']
+    )
     loss = run_forked_ok('evaluate.py', '--device=cpu', '--batch_size=3', cwd=trained)
     ranks = run_forked_ranks(2, 'evaluate.py', '--device=cpu', '--batch_size=3', cwd=trained)
     assert ranks[0].stdout == loss and 'loss' in loss
@@ -275,6 +292,8 @@ def test_mistakes(trained, monkeypatch):
         return result.stderr
 
     assert 'add --tasks=' in refused('--limit=3')
+    assert 'needs a name' in refused('--tasks=,')
+    assert 'no chat template' in refused('--tasks=words', '--task_path=tasks', '--chat=True')
     assert 'no such folder' in refused('--tasks=choice', '--task_path=nowhere')
     assert 'eval_bundle.zip' in refused('--tasks=core')
     (trained / 'bad').mkdir()
@@ -363,7 +382,8 @@ def test_core(trained):
             right.append(greedy[0] if kind == 'language_modeling' else losses.index(min(losses)) == item['gold'])
         accuracy = sum(right) / len(right)
         centered.append((accuracy - baseline) / (1 - baseline))
-        assert found[f'core/{name}']['acc'] == pytest.approx(accuracy)
-        assert found[f'core/{name}']['centered'] == pytest.approx(centered[-1])
-    assert found['core']['centered'] == pytest.approx(sum(centered) / 3) and found['core']['n'] == 3
-    assert len(list(read_bundle(str(folder))[0].items(limit=2))) == 2 and math.isfinite(found['core']['centered'])
+        metrics_of_part = found[f'core/{name}']['metrics']
+        assert metrics_of_part['acc']['value'] == pytest.approx(accuracy)
+        assert metrics_of_part['centered']['value'] == pytest.approx(centered[-1])
+    assert found['core']['metrics']['centered']['value'] == pytest.approx(sum(centered) / 3)
+    assert found['core']['n'] == 3
