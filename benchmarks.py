@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import random
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partialmethod
 
 import numpy as np
@@ -267,7 +267,8 @@ class HarnessModel(TemplateLM):
         self.start_text = '' if self.start is None else self.tokenizer.decode([self.start])
         self.ends = {self.tokenizer.end_of_text} - {None}
         if spec.get('chat_template'):
-            self.ends |= ChatTemplate(spec).end_of_turn(self.tokenizer)
+            with suppress(UserError):  # one that fails is no obstacle to tasks without conversations
+                self.ends |= ChatTemplate(spec).end_of_turn(self.tokenizer)
 
     @contextmanager
     def ready(self):
