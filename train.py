@@ -49,6 +49,7 @@ wandb_run_name = 'gpt2'  # run in wandb and trackio
 dataset = 'openwebtext'  # folder below data/
 data_order = 'random'  # 'random': sequences start anywhere; 'shuffle': every sequence once per epoch, in a new order
 align_documents = False  # start sequences where a document starts, if one does within the next block_size tokens
+mask_documents = False  # attention and positions stay within a document, as if each were a sequence of its own
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, of all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence, the model's context length
@@ -127,7 +128,7 @@ data = DataSet(dataset)
 seed_all(seed)
 model, checkpoint = initial_model(config, data)
 n_ids = min(data.vocab_size, model.config.vocab_size)  # a tokenizer may know ids that its model lacks
-splits = {split: data.tokens(split, n_ids) for split in ('train', 'val')}
+splits = {split: data.tokens(split, n_ids, mask_documents) for split in ('train', 'val')}
 if not data.meta:
     say(f"{data.path} does not say what its ids mean: they are taken for GPT-2's, as in nanoGPT")
 text = {split: text_checksum(tokens) for split, tokens in splits.items()}
@@ -139,7 +140,7 @@ iter_num, first_iter, best_val_loss = progress['iter_num'], progress['iter_num']
 best_iter, evaluated_at = progress['best_iter'], progress['evaluated_at']
 batches = training_batches(data, splits['train'], config, ranks, device, iter_num, progress['windows_taken'])
 if not eval_only:
-    x, y = batches.next()
+    x, y, starts, weight = batches.next()
 splits['val'].require_window(block_size)
 eval_iters = eval_iters or -(-((len(splits['val']) - 1) // block_size) // batch_size)
 if checkpoint and evaluated_at == iter_num >= max_iters and not eval_only:
@@ -170,7 +171,7 @@ def try_once():
     """One forward and backward pass without a step, so that compilation happens now."""
     sync_gradients(model, mesh is not None)  # what hsdp would keep for a later exchange, zero_grad does not clear
     with autocast(device, dtype):
-        loss = model(x, y, with_logits=False)[1]
+        loss = model(x, y, starts, with_logits=False)[1]
     loss.backward()
 
 
@@ -276,9 +277,9 @@ while True:
         if dropout:
             seed_all(seed, iter_num, micro)  # no random state to save: masks depend on the iteration alone
         with autocast(device, dtype):
-            loss = model(x, y, with_logits=False)[1] / (micro_batches / ranks.world_size)
+            loss = model(x, y, starts, with_logits=False)[1] * weight
         watch.lap('forward')
-        x, y = batches.next()  # the next batch is prepared while an accelerator still works on this one
+        x, y, starts, weight = batches.next()  # the next batch is prepared while an accelerator still works on this one
         watch.lap('data')
         mean_loss += loss.detach()
         scaler.scale(loss).backward()

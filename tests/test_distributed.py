@@ -55,7 +55,7 @@ def test_every_sequence_is_taken_once(tmp_path, order, world_size):
             taken, padding = [], 0
             for _ in range(rounds):
                 for rank in ranks:
-                    x, y = rank.next()
+                    x, y, *_ = rank.next()
                     assert x.shape == y.shape == (3, 10) and x.dtype == y.dtype == torch.int64
                     if (y == -1).all():
                         assert not x.any()
