@@ -13,7 +13,7 @@ from common.device import seed_all
 from common.errors import UserError, say, user_errors, warn
 from common.sharded import copy_part, is_sharded, part
 from dataloader import dataset_name
-from lora import add_lora, is_adapter, lora_of, lora_settings, merge_lora, weights_hash
+from lora import add_lora, freeze_base, is_adapter, lora_of, lora_settings, merge_lora, weights_hash
 from model import GPT, GPTConfig
 from optim import ALONE, load_optimizer_state
 from pretrained import NANOGPT_FIELDS, pretrained_model, pretrained_tokenizer
@@ -35,11 +35,11 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
     config: the settings. data: the DataSet. Existing weights bring their own shape, as in nanoGPT. UserError if weights
     are not available, or do not fit the settings that were given, or the data.
     """
-    init_from, dropout, checkpoint = config['init_from'], config['dropout'], None
-    rank = config['lora_rank']
+    init_from, dropout, checkpoint, new_lora = config['init_from'], config['dropout'], None, None
     if init_from == 'scratch':
-        if rank:
-            raise UserError(f'--lora_rank={rank}: an adapter belongs to a trained model; name one by --init_from=')
+        if config['lora_rank']:
+            reason = 'an adapter belongs to a trained model; name one by --init_from='
+            raise UserError(f'--lora_rank={config["lora_rank"]}: {reason}')
         vocab_size = model_vocab_size(data.tokenizer, data.vocab_size, config['vocab_multiple'])
         shape = {key: config[key] for key in SHAPE if key in config}
         with user_errors(ValueError):
@@ -52,7 +52,13 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
         source, fixed = f'the run in {path}', {**shape_of(model), **lora_settings(model)}
         hint = 'leave it out to resume, or start another run with another --out_dir'
     else:
-        model, tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout, merge=not rank)
+        model, tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout, merge=False)
+        if config['lora_rank']:
+            if is_below(init_from, config['out_dir']):
+                raise UserError(f'--out_dir={config["out_dir"]}: holds the model that the adapter needs; use another')
+            new_lora = {key: config[f'lora_{key}'] for key in ('rank', 'alpha', 'targets')}
+            new_lora |= {'base': init_from, 'hash': weights_hash(model)}
+        merge_lora(model)
         source, fixed, hint = init_from, shape_of(model), 'leave it out'
         del fixed['block_size']
         if data.tokenizer and not tokenizer:
@@ -75,20 +81,16 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
     needed, has = text_vocab_size(data.tokenizer) if data.tokenizer else data.vocab_size, model.config.vocab_size
     if needed > has:
         raise UserError(f'{data.path} has a vocabulary of {needed}, the model of {has}: choose another --dataset')
-    if rank and not checkpoint:
-        found = weights_hash(model)  # of an adapter's own weights too, as merging rounds differently on other machines
-        merge_lora(model)
     asked, longest = config['block_size'], model.config.block_size
     if not checkpoint and asked < longest:
         model.crop_block_size(asked)
     elif not checkpoint and asked > longest and 'block_size' in config.given:
         raise UserError(f'--block_size={asked}: {source} has {longest} positions, use at most that')
-    if rank and not checkpoint:
-        if is_below(init_from, config['out_dir']):
-            raise UserError(f'--out_dir={config["out_dir"]}: holds the model that the adapter needs; choose another')
+    if new_lora:
         seed_all(config['seed'])
-        choices = {'rank': rank, 'alpha': config['lora_alpha'], 'targets': config['lora_targets']}
-        add_lora(model, {**choices, 'base': init_from, 'hash': found})
+        add_lora(model, new_lora)
+    if lora_of(model):
+        freeze_base(model)
     return model, checkpoint
 
 
@@ -346,7 +348,7 @@ def restore_adapter(checkpoint: dict, path: str, dropout: float) -> GPT:
         raise UserError(f'{path} holds an adapter, and names itself as its base: move it back where it was trained')
     with user_errors(UserError, where=f'{path} holds an adapter, its base cannot be opened: '):
         model, *_ = open_model(lora['base'], '', LATEST, dropout, merge=False)
-    same = weights_hash(model) == lora['hash']
+    same = weights_hash(model) == lora['hash']  # before a base's own adapter is merged, which rounds as machines do
     merge_lora(model)
     with user_errors(ValueError, TypeError, RuntimeError, where=f'{path}: the adapter does not fit its base: '):
         config = GPTConfig(**{**args, 'dropout': dropout})

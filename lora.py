@@ -82,7 +82,7 @@ def target_layers(model, targets: str) -> list[nn.Linear]:
 
 
 def add_lora(model, lora: dict, device='cpu'):
-    """Freeze a model and give it an adapter, in place. lora: see lora_of.
+    """Give a model an adapter, in place. lora: see lora_of.
 
     On the CPU it gets its initial values, the same for a state of torch's random generator. On the meta device it gets
     shapes but no memory, for load_state_dict(..., assign=True). UserError if the adapter does not fit the model.
@@ -92,7 +92,6 @@ def add_lora(model, lora: dict, device='cpu'):
     most = min(min(layer.weight.shape) for layer in layers)
     if rank > most:
         raise UserError(f'--lora_rank={rank}: must be at most {most}, the smaller side of a weight that it changes')
-    model.requires_grad_(False)
     for layer in layers:
         layer.__class__ = LoRALinear  # the same layer, whoever holds it; torch's fully_shard does so too
         layer.scale = lora['alpha'] / rank
@@ -103,16 +102,22 @@ def add_lora(model, lora: dict, device='cpu'):
     model.lora = dict(lora)
 
 
+def freeze_base(model):
+    """Let the adapter's parameters alone be trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+
+
 @torch.no_grad()
 def merge_lora(model):
-    """Make a model with an adapter a plain one that computes the same, in place, all of it trainable -> the model."""
+    """Make a model with an adapter a plain one that computes the same, in place -> the model."""
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             layer.weight.addmm_(layer.lora_b, layer.lora_a, alpha=layer.scale)
             layer.__class__ = nn.Linear
             del layer.lora_a, layer.lora_b, layer.scale
     model.lora = None
-    return model.requires_grad_(True)
+    return model
 
 
 def weights_hash(model) -> str:
