@@ -17,7 +17,9 @@ from optim import make_optimizer
 
 MODERN = {'pos': 'rope', 'mlp': 'swiglu', 'n_kv_head': 1, 'norm': 'rmsnorm', 'tie_weights': False, 'bias': False}
 LORA = {'rank': 3, 'alpha': 6, 'targets': 'attn,mlp', 'base': 'x', 'hash': 'x'}
-RUN = [*TINY, '--init_from=base', '--lora_rank=4', '--gradient_accumulation_steps=4', '--batch_size=2']
+RUN = [*TINY, '--learning_rate=3e-3', '--gradient_accumulation_steps=4', '--batch_size=2']
+LORA_RUN = [*RUN, '--init_from=base', '--lora_rank=4']
+LAYERS = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
 FSDP = '--parallel=fsdp'
 shards = pytest.mark.skipif(not hasattr(torch.cpu.Stream, 'record_event'), reason='torch 2.6 shards on GPUs only')
 
@@ -28,7 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('lora')
     write_data(folder / 'data' / 'tiny')
     run_forked_ok('train.py', *TINY, '--out_dir=base', cwd=folder)
-    output = run_forked_ok('train.py', *RUN, '--out_dir=whole', cwd=folder)
+    output = run_forked_ok('train.py', *LORA_RUN, '--out_dir=whole', cwd=folder)
     assert '29,760 parameters (4,096 of them trained)' in output
     return folder
 
@@ -126,15 +128,25 @@ def test_only_the_adapter_moves():
     assert all(p.grad is None for name, p in model.named_parameters() if '.lora_' not in name)
 
 
+def test_compiled():
+    """As one graph."""
+    model, idx, gradients = adapted({}), torch.arange(8)[None], []
+    freeze_base(model)
+    for function in (model, torch.compile(model, backend='eager', fullgraph=True)):
+        model.zero_grad()
+        function(idx, idx)[1].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(gradients[0]) == 16
+    torch.testing.assert_close(*gradients)
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_save_is_the_adapter_and_the_name_of_its_base(folder):
     """The trained model, computed from the base's weights and the save in float64, has the loss of the log."""
     saved, base = checkpoint(folder / 'whole' / 'ckpt.pt'), checkpoint(folder / 'base' / 'ckpt.pt')
-    layers = [
-        f'transformer.h.{n}.{name}' for n in (0, 1) for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
-    ]
+    layers = [f'transformer.h.{n}.{name}' for n in (0, 1) for name in LAYERS]
     assert saved['model'].keys() == {f'{layer}.lora_{end}' for layer in layers for end in 'ab'}
     model = open_model(str(folder / 'base'), '', '')[0]
     digests = b''
@@ -144,7 +156,8 @@ def test_a_save_is_the_adapter_and_the_name_of_its_base(folder):
     lora = {'rank': 4, 'alpha': 32, 'targets': 'attn,mlp', 'base': 'base', 'hash': hashlib.sha256(digests).hexdigest()}
     assert saved['lora'] == lora
     assert {key: saved['config'][f'lora_{key}'] for key in ('rank', 'alpha', 'targets')}.items() <= lora.items()
-    assert losses(folder / 'whole')[-1] < losses(folder / 'base')[-1] - 0.005
+    first, *_, last = metrics(folder / 'whole')[1]
+    assert last['val/loss'] < first['val/loss'] - 0.01
     weights = {name: weight.double() for name, weight in base['model'].items()}
     for layer in layers:
         a, b = (saved['model'][f'{layer}.lora_{end}'].double() for end in 'ab')
@@ -153,9 +166,8 @@ def test_a_save_is_the_adapter_and_the_name_of_its_base(folder):
     model.eval().double()
     ids = torch.from_numpy(np.fromfile(folder / 'data' / 'tiny' / 'val.bin', '<u2').astype(np.int64))[: 62 * 16 + 1]
     loss = model(ids[:-1].view(-1, 16), ids[1:].view(-1, 16))[1].item()
-    printed = run_forked_ok(
-        'train.py', *TINY, '--out_dir=whole', '--init_from=resume', '--eval_only=True', '--eval_iters=0', cwd=folder
-    )
+    resume = ['--out_dir=whole', '--init_from=resume', '--eval_only=True', '--eval_iters=0']
+    printed = run_forked_ok('train.py', *RUN, *resume, cwd=folder)
     assert f'val loss {loss:.4f}' in printed
     printed = run_forked_ok('evaluate.py', '--out_dir=whole', '--device=cpu', cwd=folder)
     assert f'val: loss {loss:.4f}' in printed
@@ -164,15 +176,15 @@ def test_a_save_is_the_adapter_and_the_name_of_its_base(folder):
 @pytest.mark.parametrize(
     'ranks, split',
     [
-        (1, ['--activation_checkpointing=selective']),
+        (1, ['--activation_checkpointing=selective', '--sample_interval=8']),
         (2, ['--activation_checkpointing=full']),
         pytest.param(1, [FSDP, '--cpu_offload=True'], marks=shards),
-        pytest.param(2, [FSDP, '--sample_interval=4'], marks=shards),
+        pytest.param(2, [FSDP], marks=shards),
     ],
 )
 def test_losses_are_those_of_one_device(folder, ranks, split):
     out = '_'.join(split).replace('=', '_')
-    arguments = [*RUN, f'--out_dir={out}', *split]
+    arguments = [*LORA_RUN, f'--out_dir={out}', *split]
     if ranks == 1:
         run_forked_ok('train.py', *arguments, cwd=folder)
     else:
@@ -182,9 +194,10 @@ def test_losses_are_those_of_one_device(folder, ranks, split):
 
 def test_resuming_is_bit_exact(folder):
     """Also where the settings do not say that it is an adapter."""
-    run_forked_ok('train.py', *RUN, '--out_dir=run', '--max_iters=4', '--keep_saves=2', '--async_save=True', cwd=folder)
-    batch = ['--gradient_accumulation_steps=4', '--batch_size=2']
-    output = run_forked_ok('train.py', *TINY, *batch, '--out_dir=run', '--init_from=resume', cwd=folder)
+    run_forked_ok(
+        'train.py', *LORA_RUN, '--out_dir=run', '--max_iters=4', '--keep_saves=2', '--async_save=True', cwd=folder
+    )
+    output = run_forked_ok('train.py', *RUN, '--out_dir=run', '--init_from=resume', cwd=folder)
     assert 'after 4 iterations' in output and 'lora' not in output and '(4,096 of them trained)' in output
     whole, run = (checkpoint(folder / name / 'ckpt.pt') for name in ('whole', 'run'))
     assert losses(folder / 'run') == losses(folder / 'whole') and run['lora'] == whole['lora']
@@ -200,7 +213,7 @@ def test_one_curve_through_all_splits(folder):
     path = ((2, [FSDP]), (1, []), (2, []), (1, [FSDP]))
     for n, (ranks, split) in enumerate(path):
         resume = ['--init_from=resume'] if n else []
-        train_on_ranks(ranks, *RUN, '--out_dir=moved', *split, *resume, f'--max_iters={2 * n + 2}', cwd=folder)
+        train_on_ranks(ranks, *LORA_RUN, '--out_dir=moved', *split, *resume, f'--max_iters={2 * n + 2}', cwd=folder)
     saved = checkpoint(folder / 'moved' / 'ckpt.json')
     assert saved['model'].keys() == checkpoint(folder / 'whole' / 'ckpt.pt')['model'].keys()
     stored = {name for name in saved['parts'].shapes() if name.startswith('model.')}
@@ -216,8 +229,6 @@ def test_what_reads_an_adapter(folder):
     printed = run_forked_ok('export.py', '--out_dir=whole', '--format=nanogpt', '--to=nano', cwd=folder)
     assert 'nano' in printed
     assert text == run_forked_ok('sample.py', '--out_dir=nano', *one, cwd=folder)
-    idx = torch.arange(16)[None]
-    expected = open_model(str(folder / 'nano'), '', '')[0].eval()(idx, idx)[0]
     for n, lora in enumerate(([], ['--lora_rank=2', '--lora_targets=c_proj'])):
         arguments = [*TINY, f'--out_dir=next{n}', '--init_from=whole', *lora, '--learning_rate=0', '--max_iters=1']
         run_forked_ok('train.py', *arguments, cwd=folder)
@@ -227,7 +238,6 @@ def test_what_reads_an_adapter(folder):
     assert len(names) == 8 and all('c_proj.lora_' in name for name in names)
     shutil.copytree(folder / 'next1', folder / 'copy')
     run_forked_ok('train.py', *TINY, '--out_dir=copy', '--init_from=resume', '--max_iters=2', cwd=folder)
-    assert expected.shape == (1, 16, 28)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -255,7 +265,7 @@ def test_what_reads_an_adapter(folder):
     ],
 )
 def test_settings_that_do_not_fit(folder, arguments, words):
-    result = run_forked('train.py', *RUN, '--out_dir=none', *arguments, cwd=folder)
+    result = run_forked('train.py', *LORA_RUN, '--out_dir=none', *arguments, cwd=folder)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1, result.stderr
 
 
@@ -324,13 +334,3 @@ def test_forged_adapters(folder, tmp_path, monkeypatch, changes, words):
     torch.save(forged(folder / 'whole' / 'ckpt.pt', **changes), tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match=words):
         open_model(str(tmp_path), '', '')
-
-
-# --- compiled ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_compiled(quick_compiler, folder):
-    output = run_forked_ok('train.py', *RUN, '--out_dir=compiled', '--compile=True', cwd=folder)
-    assert 'does not work' not in output
-    assert losses(folder / 'compiled') == pytest.approx(losses(folder / 'whole'), abs=1e-4)
