@@ -123,7 +123,7 @@ def merge_lora(model):
 def weights_hash(model) -> str:
     """SHA-256 of the names, shapes and values of a model's parameters, in hexadecimal: by it a base is known again.
 
-    Reads every weight once: a second or two per GB on one core, and all cores work on it.
+    The weights are on the CPU. It costs one pass over them, by all cores.
     """
 
     def digest(item):
