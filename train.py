@@ -25,6 +25,7 @@ from dataloader import DataSet, check_global_batch, dataset_name, eval_batches, 
 from evaluation import bytes_per_token, evaluate
 from generation import sample_texts, tokenizer_of_samples
 from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer
+from lora import check_lora, describe_trained, lora_settings
 from model import GPTConfig
 from optim import StepStats, check_optimizer, clip_gradients, learning_rate_at, make_optimizer, step_unless
 from parallel import check_parallel, describe_mesh, device_mesh, modules_to_compile, parallelize, sync_gradients
@@ -62,6 +63,9 @@ n_embd = 768  # width, divisible by n_head
 dropout = 0.0  # share of activations dropped; 0 suits pretraining, 0.1 and more suits small data and fine-tuning
 bias = False  # biases in linear and normalization layers; GPT-2 has them, without is a little better and faster
 vocab_multiple = 1  # round a new model's vocabulary up to a multiple of this; 64 suits matrix units
+lora_rank = 0  # fine-tune an adapter of this rank (LoRA) beside the weights of --init_from=; 0: the weights themselves
+lora_alpha = 32  # the adapter's output is scaled by lora_alpha / lora_rank
+lora_targets = 'attn,mlp'  # linear layers with an adapter: parts of their names, such as 'c_attn' or 'mlp.c_proj'
 # optimizer
 optimizer = 'adamw'  # 'adamw'; 'muon': Muon for the layers' matrices, AdamW for the rest
 learning_rate = 6e-4  # the highest, of AdamW
@@ -102,6 +106,7 @@ require(config, f'{schedule} {others}', 'a number of at least 0', lambda v: 0 <=
 require(config, 'batch_ramp_iters', 'at most 10,000,000', lambda v: v <= 10**7)
 require(config, 'dropout beta1 beta2 muon_momentum', 'in [0, 1)', lambda v: 0 <= v < 1)
 check_optimizer(config)
+check_lora(config)
 if 'vocab_size' in config.given:
     raise UserError('--vocab_size: the data set decides it; --vocab_multiple= rounds it up')
 dataset = config['dataset'] = dataset_name(dataset)
@@ -132,7 +137,7 @@ splits = {split: data.tokens(split, n_ids, mask_documents) for split in ('train'
 if not data.meta:
     say(f"{data.path} does not say what its ids mean: they are taken for GPT-2's, as in nanoGPT")
 text = {split: text_checksum(tokens) for split, tokens in splits.items()}
-config.update({key: getattr(model.config, key) for key in (*SHAPE, 'vocab_size')})
+config.update({key: getattr(model.config, key) for key in (*SHAPE, 'vocab_size')} | lora_settings(model))
 block_size = model.config.block_size
 use_onednn_products(device, block_size)
 progress = initial_progress(checkpoint, config, text)
@@ -151,8 +156,9 @@ if checkpoint and evaluated_at == iter_num >= max_iters and not eval_only:
 tokens_per_micro_batch = batch_size * block_size
 global_batch, train_size = gradient_accumulation_steps * tokens_per_micro_batch, len(splits['train'])
 say(
-    f'{model.num_params():,} parameters, {global_batch:,} tokens per iteration, {train_size:,} to train on; '
-    f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}{describe_mesh(mesh)}'
+    f'{model.num_params():,} parameters{describe_trained(model)}, {global_batch:,} tokens per iteration, '
+    f'{train_size:,} to train on; {ranks.world_size} x {device.type}, '
+    f'{str(dtype).removeprefix("torch.")}{describe_mesh(mesh)}'
 )
 raw_model = model  # without the wrapper of DistributedDataParallel: this one is evaluated and saved
 fill = partial(fill_weights, checkpoint=checkpoint, seed=seed)
