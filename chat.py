@@ -45,6 +45,7 @@ class ChatTemplate:
             raise UserError("the model's special_tokens must map names to texts, such as 'eos_token' to '</s>'")
         self.special_tokens = special_tokens
         self.environment = make_environment()
+        self.ending = functools.cache(self.find_ending)
         with template_errors(), limited_memory(MAX_MEMORY):
             self.template = self.environment.from_string(source)
 
@@ -137,8 +138,7 @@ class ChatTemplate:
         """Does the template write anything before an answer when it is asked to?"""
         return self.render(QUESTION, add_generation_prompt=True) != self.render(QUESTION, add_generation_prompt=False)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019: a script has one template
-    def ending(self, tokenizer, is_last: bool) -> tuple[str, int | None]:
+    def find_ending(self, tokenizer, is_last: bool) -> tuple[str, int | None]:
         """What the template writes after an answer, up to and with the first special token, and the id of that: at the
         end of the turn or, unless the answer is_last, at the start of the next. '' and None for no such token."""
         messages = [*QUESTION, {'role': 'assistant', 'content': ANSWER}]

@@ -102,6 +102,18 @@ def write_dataset(
     )
 
 
+def name_of_data_set(name: str, path: str, parent: str) -> str:
+    """The name of a data set in the folder `parent`: that given, or that of the input at `path`. UserError if it is
+    no name for a folder."""
+    if not name:
+        name = os.path.basename(os.path.abspath(path))
+        if os.path.isfile(path):
+            name = name.removesuffix('.gz').removesuffix('.zst').rpartition('.')[0] or name
+    if not name or os.path.basename(name) != name or name.startswith(('.', '-')) or not name.isprintable():
+        raise UserError(f'--name={name!r}: must be a plain name, it becomes a folder in {parent}')
+    return name
+
+
 def read_foreign(path, source):
     """Read the tokenizer of a model at --tokenizer=path -> its spec. UserError if it cannot encode the source."""
     spec = model_tokenizer(path, f'{", ".join(KINDS)}, or ')
