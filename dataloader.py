@@ -593,10 +593,15 @@ def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainB
 
 
 def check_global_batch(config, world_size: int):
-    """UserError unless the micro-batches of every step can be divided among the ranks, while they grow too.
+    """UserError for batches that cannot be; and, for training, unless the micro-batches of every step can be divided
+    among the ranks, while they grow too.
 
     With --uneven=True any number of ranks will do.
     """
+    require(config, 'gradient_accumulation_steps batch_size', 'at least 1', lambda v: v >= 1)
+    require(config, 'batch_ramp_from batch_ramp_iters', 'a number from 0 to 10,000,000', lambda v: 0 <= v <= 10**7)
+    if config['eval_only']:
+        return
     micro_batches, first = config['gradient_accumulation_steps'], config['batch_ramp_from']
     if bool(first) != bool(config['batch_ramp_iters']):
         raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')

@@ -8,7 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common.checkpoint import BEST, LATEST, has_run, latest, load_data, load_optimizer_buffers, plain, read_whole
+from common.checkpoint import (
+    BEST,
+    LATEST,
+    has_run,
+    latest,
+    load_data,
+    load_optimizer_buffers,
+    plain,
+    prepare_out_dir,
+    read_whole,
+)
 from common.device import seed_all
 from common.errors import UserError, say, user_errors, warn
 from common.sharded import copy_part, is_sharded, part
@@ -25,6 +35,18 @@ MAY_CHANGE = ('init_from', 'eval_only')  # settings that may change on resume wi
 
 
 # --- for scripts ------------------------------------------------------------------------------------------------------
+
+
+def resume_or_not(config, ranks) -> str:
+    """What --init_from= asks for, 'auto' decided: 'resume' if there is a run in out_dir, else 'scratch'. A run that is
+    to be resumed is locked, so that no other can write to it. A collective: the main rank decides for all."""
+    init_from, out_dir = config['init_from'], config['out_dir']
+    if init_from == 'auto':
+        found = ranks.sum([float(ranks.is_main and has_run(out_dir))])[0]
+        init_from = 'resume' if found else 'scratch'
+    if init_from == 'resume' and ranks.is_main and has_run(out_dir) and not config['eval_only']:
+        prepare_out_dir(out_dir)
+    return init_from
 
 
 def initial_model(config, data) -> tuple[GPT, dict | None]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from common import device as devices
-from common.checkpoint import has_run, prepare_out_dir
+from common.checkpoint import prepare_out_dir
 from common.cpu import use_onednn_products
 from common.device import autocast, compile_or_stay_eager, seed_all, set_up_device
 from common.distributed import StopSignal, end, find_ranks, join_ranks
@@ -24,7 +24,7 @@ from configurator import configure, require
 from dataloader import DataSet, check_global_batch, dataset_name, eval_batches, text_checksum, training_batches
 from evaluation import bytes_per_token, evaluate
 from generation import sample_texts, tokenizer_of_samples
-from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer
+from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer, resume_or_not
 from lora import check_lora, describe_trained, lora_settings
 from model import GPTConfig
 from optim import StepStats, check_optimizer, clip_gradients, learning_rate_at, make_optimizer, step_unless
@@ -98,13 +98,11 @@ dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': 
 compile = True  # compile the model: slow to start, faster to run
 config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from'))
 
-counts = 'keep_saves eval_interval log_interval gradient_accumulation_steps batch_size block_size vocab_multiple'
-schedule = 'max_iters learning_rate muon_learning_rate min_lr warmup_iters lr_decay_iters cooldown_iters patience'
-others = 'weight_decay grad_clip target_val_loss eval_iters sample_interval batch_ramp_from batch_ramp_iters seed'
-require(config, f'{counts} max_skipped_iters', 'at least 1', lambda v: v >= 1)
-require(config, f'{schedule} {others}', 'a number of at least 0', lambda v: 0 <= v < math.inf)
-require(config, 'batch_ramp_iters', 'at most 10,000,000', lambda v: v <= 10**7)
-require(config, 'dropout beta1 beta2 muon_momentum', 'in [0, 1)', lambda v: 0 <= v < 1)
+counts = 'keep_saves eval_interval log_interval max_skipped_iters block_size vocab_multiple'
+require(config, counts, 'at least 1', lambda v: v >= 1)
+others = 'patience target_val_loss eval_iters sample_interval seed'
+require(config, others, 'a number of at least 0', lambda v: 0 <= v < math.inf)
+require(config, 'dropout', 'in [0, 1)', lambda v: 0 <= v < 1)
 check_optimizer(config)
 check_lora(config)
 if 'vocab_size' in config.given:
@@ -117,16 +115,11 @@ if not eval_only:
 watch = devices.Stopwatch()
 ranks = find_ranks()
 check_parallel(config, ranks)
-if not eval_only:
-    check_global_batch(config, ranks.world_size)
+check_global_batch(config, ranks.world_size)
 device, dtype = set_up_device(device, dtype, ranks)
 join_ranks(backend, device, ranks, timeout)
 mesh = device_mesh(config, ranks, device)
-if init_from == 'auto':
-    found = ranks.sum([float(ranks.is_main and has_run(out_dir))])[0]  # the main rank decides for all
-    init_from = config['init_from'] = 'resume' if found else 'scratch'
-if init_from == 'resume' and has_run(out_dir) and ranks.is_main and not eval_only:
-    prepare_out_dir(out_dir)  # lock the folder: no other run can write to it now
+init_from = config['init_from'] = resume_or_not(config, ranks)
 
 # --- data and model ---------------------------------------------------------------------------------------------------
 data = DataSet(dataset)
