@@ -9,6 +9,7 @@ Anyone may have written it, so it runs within the limits below, in Jinja's sandb
 nothing of Python's inside. It may take long, though: Ctrl-C ends it.
 """
 
+import functools
 import json
 import os
 import re
@@ -16,12 +17,15 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 
+import numpy as np
+
 from common.errors import UserError, one_line
 from tokenizer import MAX_TEMPLATE
 
 MAX_TEXT = 2**22  # characters of a rendered conversation
 MAX_MEMORY = 2**27  # bytes that rendering may take, on Linux
-ANSWER = 'an answer that no template holds'  # to find out what a template writes after one
+ANSWER = 'an answer that no template holds'  # to find out what a template writes before and after one
+QUESTION = [{'role': 'user', 'content': 'a question'}]
 
 
 class ChatTemplate:
@@ -41,6 +45,7 @@ class ChatTemplate:
             raise UserError("the model's special_tokens must map names to texts, such as 'eos_token' to '</s>'")
         self.special_tokens = special_tokens
         self.environment = make_environment()
+        self.ending = functools.cache(self.find_ending)
         with template_errors(), limited_memory(MAX_MEMORY):
             self.template = self.environment.from_string(source)
 
@@ -70,24 +75,88 @@ class ChatTemplate:
                 environment.written += len(piece)
                 if environment.written > MAX_TEXT:
                     raise ValueError(f'it writes more than {MAX_TEXT:,} characters')
-            return ''.join(pieces), environment.spans
+            text = ''.join(pieces)
+            if not all(text.startswith(marked, start) for start, marked in environment.spans):
+                raise ValueError('what it marks by {% generation %} is in a block whose text it writes elsewhere')
+            return text, [(start, start + len(marked)) for start, marked in environment.spans]
 
     def encode(self, messages: list[dict], tokenizer, add_generation_prompt: bool = True) -> list[int]:
         """A conversation as ids, special tokens as tokens. The template writes the one that starts a text, if the model
         wants it. Errors as in render(); ValueError if the tokenizer lacks a character."""
         return tokenizer.encode(self.render(messages, add_generation_prompt), special=True).tolist()
 
-    def end_of_turn(self, tokenizer) -> set[int]:
-        """The ids that end an answer: the first special token that the template writes after one, be it at its end or
-        at the start of the next turn, and the one that ends a text. Errors as in render()."""
-        roles = (('user', 'a question'), ('assistant', ANSWER), ('user', 'another'))
-        messages = [{'role': role, 'content': content} for role, content in roles]
+    def encode_supervised(self, messages: list[dict], tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """A conversation for training -> its ids, those of encode(), and which of them to learn, bool, (T,) each.
+
+        Learned are the assistant's turns as answer_spans() finds them; a token that is partly outside of them is not.
+        Errors as in answer_spans(); ValueError if the tokenizer lacks a character.
+        """
+        text, spans = self.answer_spans(messages, tokenizer)
+        ids, starts, ends = tokenizer.encode_with_offsets(text)
+        mask = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            mask |= (start <= starts) & (starts < end) & (ends <= end)
+        return ids, mask
+
+    def answer_spans(self, messages: list[dict], tokenizer) -> tuple[str, list[tuple]]:
+        """A conversation -> its text, and the (start, end) of each turn of the assistant in it: what a model has to
+        write after the prompt, up to and with the token that ends the turn, if the template writes one.
+
+        These are what the template marks by {% generation %}. Other templates tell by what they write: a turn starts
+        where the prompt for it ends, and ends where the text starts that is the same after any other answer.
+        UserError as in render(), and if the template does not show in this way where a turn is.
+        """
+        text, spans = self.render_with_spans(messages)
+        if self.environment.has_marks:
+            return text, spans
+        for k, message in enumerate(messages):
+            if message['role'] != 'assistant':
+                continue
+            prompt = self.render(messages[:k], add_generation_prompt=True)
+            other = [*messages[:k], {**message, 'content': ANSWER}, *messages[k + 1 :]]
+            before, found, after = self.render(other, add_generation_prompt=False).partition(ANSWER)
+            is_shown = found and ANSWER not in after and before.startswith(prompt)
+            if not is_shown or not text.startswith(prompt) or not text[len(prompt) :].endswith(after):
+                raise UserError(
+                    f'message {k + 1}: the chat template does not write the conversation before this answer as it '
+                    'writes the prompt for it, or not the answer as it is: mark answers in the template by '
+                    '{% generation %}, or split the conversation into some with one answer'
+                )
+            header = before[len(prompt) :]
+            if header.strip() and not self.has_prompt:
+                raise UserError(
+                    f'the chat template ignores add_generation_prompt, so {one_line(repr(header), 60)} would count as '
+                    'the answer: mark answers in the template by {% generation %}'
+                )
+            ending = self.ending(tokenizer, is_last=k == len(messages) - 1)[0]
+            end = len(text) - len(after) + (len(ending) if after.startswith(ending) else 0)
+            spans.append((len(prompt), end))
+        return text, spans
+
+    @functools.cached_property
+    def has_prompt(self) -> bool:
+        """Does the template write anything before an answer when it is asked to?"""
+        return self.render(QUESTION, add_generation_prompt=True) != self.render(QUESTION, add_generation_prompt=False)
+
+    def find_ending(self, tokenizer, is_last: bool) -> tuple[str, int | None]:
+        """What the template writes after an answer, up to and with the first special token, and the id of that: at the
+        end of the turn or, unless the answer is_last, at the start of the next. '' and None for no such token."""
+        messages = [*QUESTION, {'role': 'assistant', 'content': ANSWER}]
+        messages += [] if is_last else [{'role': 'user', 'content': 'another'}]
         _, answered, after = self.render(messages, add_generation_prompt=False).rpartition(ANSWER)
         end = tokenizer.end_of_text
         texts = {} if end is None else {end: tokenizer.decode([end])}
         texts.update(getattr(tokenizer, 'special', {}))
         places = [(after.find(text), -len(text), id) for id, text in texts.items() if answered and text in after]
-        return {id for _, _, id in sorted(places)[:1]} | ({end} - {None})
+        if not places:
+            return '', None
+        at, length, id = min(places)
+        return after[: at - length], id
+
+    def end_of_turn(self, tokenizer) -> set[int]:
+        """The ids that end an answer: the first special token that the template writes after one, be it at its end or
+        at the start of the next turn, and the one that ends a text. Errors as in render()."""
+        return {self.ending(tokenizer, is_last=False)[1], tokenizer.end_of_text} - {None}
 
 
 # --- the sandbox ------------------------------------------------------------------------------------------------------
@@ -120,13 +189,13 @@ def make_environment():
 
         def parse(self, parser):
             line = next(parser.stream).lineno
+            self.environment.has_marks = True
             body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
             return nodes.CallBlock(self.call_method('note'), [], [], body).set_lineno(line)
 
         def note(self, caller):
             text = caller()
-            start = self.environment.written
-            self.environment.spans.append((start, start + len(text)))
+            self.environment.spans.append((self.environment.written, text))
             return text
 
     class Namespace(jinja2.utils.Namespace):
@@ -150,6 +219,7 @@ def make_environment():
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    environment.has_marks = False  # set by {% generation %}
     environment.filters['tojson'] = tojson
     environment.globals.update(
         raise_exception=raise_exception,

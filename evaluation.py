@@ -7,6 +7,7 @@ import torch
 
 from common.device import autocast, uncompiled
 from common.errors import UserError, say
+from configurator import require
 from tokenizer import gpt2_is_cached, load_tokenizer
 
 
@@ -42,9 +43,9 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
     known = token_bytes is not None
     lengths = torch.as_tensor(token_bytes if known else [0], device=device)
     losses, counts, sizes = [], [], []  # on the device until the end, so that the host does not wait for each batch
-    for x, y in batches:
+    for x, y, starts in batches:
         with autocast(device, dtype), uncompiled():
-            losses.append(model(x, y, with_logits=False)[1])
+            losses.append(model(x, y, starts, with_logits=False)[1])
         predicted = y >= 0
         counts.append(predicted.sum())
         sizes.append((lengths[y * predicted] * predicted).sum() if known else predicted.sum() * 0)
@@ -67,3 +68,27 @@ def bytes_per_token(spec: dict | None, download: bool = True):
         return load_tokenizer(spec).token_bytes() if spec else None
     except UserError as error:
         say(f'no bits per byte: {error}')
+
+
+def training_benchmarks(config, model, spec, ranks, device, dtype):
+    """What train.py calls at an evaluation: f(iter_num, interrupted) -> entries for the record, such as
+    {'lambada_openai/acc': 0.33}; {} where no benchmarks are due.
+
+    config: train.py's settings. spec: the tokenizer's. The rest as in benchmarks.Benchmarks; interrupted as in
+    evaluate(). UserError if a task is unknown or cannot be loaded, or the package lm_eval is missing.
+    """
+    require(config, 'eval_tasks_every', 'at least 1', lambda v: v >= 1)
+    require(config, 'eval_tasks_limit', '0 or more', lambda v: v >= 0)
+    tasks, path, limit = config['eval_tasks'], config['eval_tasks_path'], config['eval_tasks_limit']
+    if not tasks:
+        return lambda iter_num, interrupted: {}
+    from benchmarks import Benchmarks
+
+    suite = Benchmarks(tasks, model, spec, ranks, device, dtype, path, limit)
+    every = config['eval_interval'] * config['eval_tasks_every']
+
+    def benchmark(iter_num, interrupted):
+        due = iter_num % every == 0 or iter_num >= config['max_iters']
+        return suite.record(interrupted) if due else {}
+
+    return benchmark

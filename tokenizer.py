@@ -275,6 +275,7 @@ class HuggingFaceTokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_str(self.json)
         self.tokenizer.no_truncation()  # some files ask for the context length of a model
         self.tokenizer.no_padding()
+        self.tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # see encode_with_offsets
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f'its ids go up to {self.vocab_size - 1}')
@@ -317,19 +318,37 @@ class HuggingFaceTokenizer:
         line of warning.
         """
         text = replace_surrogates(text)
-        if self.missing_bytes and self.missing_bytes.search(text.encode()):
-            lost = self.missing_bytes.search(text.encode())[0]
-            warn(f'the tokenizer has no token for the byte {lost!r} and possibly others: they are left out of the text')
-            self.missing_bytes = None  # once is enough
+        self.warn_of_missing(text)
         self.encoded += len(text)
         ids = self.fast.encode(text, special) if self.encoded > FAST_AFTER and self.fast else None
         return self.encode_by_library(text, special) if ids is None else ids
 
-    def encode_by_library(self, text, special):
+    def encode_with_offsets(self, text):
+        """text with its special tokens -> ids, and where in the text each token starts and ends, int (T,) each. White
+        space that a special token takes from around it is not counted. Errors as in encode."""
+        text = replace_surrogates(text)
+        self.warn_of_missing(text)
+        encoded = self.library_encoding(text, special=True)
+        offsets = encoded.offsets
+        for n, id in enumerate(encoded.ids):
+            if id in self.special:
+                start = text.find(self.special[id], *offsets[n])
+                offsets[n] = offsets[n] if start < 0 else (start, start + len(self.special[id]))
+        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        return np.array(encoded.ids, dtype=np.int32), starts, ends
+
+    def warn_of_missing(self, text):
+        """Say once if the text has bytes that the vocabulary lacks."""
+        if self.missing_bytes and self.missing_bytes.search(text.encode()):
+            lost = self.missing_bytes.search(text.encode())[0]
+            warn(f'the tokenizer has no token for the byte {lost!r} and possibly others: they are left out of the text')
+            self.missing_bytes = None
+
+    def library_encoding(self, text, special):
+        """text -> the library's Encoding."""
         self.tokenizer.encode_special_tokens = not special
         with library_errors('the tokenizer cannot encode this text'):
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = encoded.ids
         if self.drops_unknown:
             known = np.zeros(len(text), dtype=bool)
             for start, end in encoded.offsets:
@@ -337,6 +356,10 @@ class HuggingFaceTokenizer:
             lost = next((i for i, char in enumerate(text) if not known[i] and not char.isspace()), None)
             if lost is not None:
                 raise ValueError(f'the tokenizer has no token for the character {text[lost]!r} at position {lost}')
+        return encoded
+
+    def encode_by_library(self, text, special):
+        ids = self.library_encoding(text, special).ids
         words = [] if special else [self.special[id] for id in self.special.keys() & set(ids)]
         words = [word for word in words if len(word) > 1]
         if words:

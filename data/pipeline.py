@@ -102,11 +102,35 @@ def write_dataset(
     )
 
 
+def name_of_data_set(name: str, path: str, parent: str) -> str:
+    """The name of a data set in the folder `parent`: that given, or that of the input at `path`. UserError if it is
+    no name for a folder."""
+    if not name:
+        name = os.path.basename(os.path.abspath(path))
+        if os.path.isfile(path):
+            name = name.removesuffix('.gz').removesuffix('.zst').rpartition('.')[0] or name
+    if not name or os.path.basename(name) != name or name.startswith(('.', '-')) or not name.isprintable():
+        raise UserError(f'--name={name!r}: must be a plain name, it becomes a folder in {parent}')
+    return name
+
+
 def read_foreign(path, source):
     """Read the tokenizer of a model at --tokenizer=path -> its spec. UserError if it cannot encode the source."""
+    spec = model_tokenizer(path, f'{", ".join(KINDS)}, or ')
+    if not source.single and spec_end_of_text(spec) is None:
+        raise UserError(
+            f'--tokenizer={path}: it does not say which token ends a document: name it as "eos_token" in a '
+            'tokenizer_config.json beside the tokenizer'
+        )
+    return spec
+
+
+def model_tokenizer(path: str, others: str = '') -> dict:
+    """Read the tokenizer of a model at --tokenizer=path -> its spec. others: what else may be given, for the message.
+    UserError if there is none."""
     if not os.path.exists(path):
         raise UserError(
-            f'--tokenizer={path}: must be {", ".join(KINDS)}, or the tokenizer.json of a Hugging Face model, or its '
+            f'--tokenizer={path}: must be {others}the tokenizer.json of a Hugging Face model, or its '
             'folder, or a .gguf file, and there is no such file'
         )
     if path.endswith('.gguf') and os.path.isfile(path):
@@ -118,11 +142,6 @@ def read_foreign(path, source):
         lacking = "there is no tokenizer.json in it, nor GPT-2's kind of vocab.json and merges.txt"
     if not spec:
         raise UserError(f'--tokenizer={path}: {lacking}')
-    if not source.single and spec_end_of_text(spec) is None:
-        raise UserError(
-            f'--tokenizer={path}: it does not say which token ends a document: name it as "eos_token" in a '
-            'tokenizer_config.json beside the tokenizer'
-        )
     return spec
 
 

@@ -13,7 +13,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # not HERE/../..: data/ may be a link
 from common.errors import UserError
 from configurator import configure
-from data.pipeline import write_dataset
+from data.pipeline import name_of_data_set, write_dataset
 from data.sources import Files
 
 input = ''  # file or folder: .txt, .jsonl, .json, .csv, .parquet, also as .gz, .zst; most others as UTF-8 text
@@ -31,12 +31,7 @@ if not input or not os.path.exists(input):
     raise UserError(
         f'--input={input}: there is no such file or folder' if input else 'which text? give --input=FILE_OR_FOLDER'
     )
-if not name:
-    name = os.path.basename(os.path.abspath(input))
-    if os.path.isfile(input):
-        name = name.removesuffix('.gz').removesuffix('.zst').rpartition('.')[0] or name
-if not name or os.path.basename(name) != name or name.startswith(('.', '-')) or not name.isprintable():
-    raise UserError(f'--name={name!r}: must be a plain name, it becomes a folder in data/text')
+name = name_of_data_set(name, input, 'data/text')
 out_dir = os.path.join(HERE, name)
 if os.path.exists(os.path.join(out_dir, 'meta.json')):
     print(f'replacing the data set text/{name}; give another --name to keep both')
