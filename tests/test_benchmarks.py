@@ -272,7 +272,7 @@ def test_sharded_training_is_judged(trained):
 def test_interrupted(trained):
     """What is done is printed and kept; the status is the shell's after a signal."""
     write_tasks(trained / 'long', ['words'])
-    write_tasks(trained / 'long', ['choice'], 1500)
+    write_tasks(trained / 'long', ['choice'], 400)
     tasks = ['--device=cpu', '--task_path=long', '--tasks=words,choice', '--batch_tokens=1']
     child = Forked('evaluate.py', *tasks, cwd=trained)
     printed = trained.parent / f'{trained.name}.out'
