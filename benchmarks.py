@@ -392,17 +392,17 @@ class HarnessModel(TemplateLM):
         end, and the position at which each row's begin. What rows have in common is read once, where that is less."""
         heads, rows = list(dict.fromkeys(head for head, _ in batch)), [row for _, row in batch]
         common = os.path.commonprefix(heads)
-        n_heads, n_rows = max(map(len, heads)), max(map(len, rows))
+        longest_head, longest_row = max(map(len, heads)), max(map(len, rows))
         tail = max(len(row) - len(head) for head, row in batch)
         cache, known = None, len(common) if len(common) >= MIN_SHARED and len(rows) > 1 else 0
         if known:
             cache = self.extend(None, [None], [common])[1]
         parents, first = [0] * len(rows), [known] * len(rows)
-        if len(heads) * (n_heads - known) + len(rows) * tail < len(rows) * (n_rows - known):
-            if n_heads + tail <= self.max_length:  # else padding would lie beyond the last position
-                cache = self.extend(cache, [0] * len(heads), [head[known:] for head in heads])[1]
-                number = {head: n for n, head in enumerate(heads)}
-                parents, first = [number[head] for head, _ in batch], [len(head) for head, _ in batch]
+        fewer = len(heads) * (longest_head - known) + len(rows) * tail < len(rows) * (longest_row - known)
+        if fewer and longest_head + tail <= self.max_length:  # else padding would lie beyond the last position
+            cache = self.extend(cache, [0] * len(heads), [head[known:] for head in heads])[1]
+            number = {head: n for n, head in enumerate(heads)}
+            parents, first = [number[head] for head, _ in batch], [len(head) for head, _ in batch]
         if not cache:
             return self.model.hidden(self.padded(rows)), first
         return self.extend(cache, parents, [row[start:] for row, start in zip(rows, first)])[0], first
@@ -410,9 +410,8 @@ class HarnessModel(TemplateLM):
     def extend(self, cache, parents, pieces):
         """Read pieces[r] after row parents[r] of a cache, or at the start without one -> hidden states, new cache."""
         lengths = [cache.lengths[parent] if cache else 0 for parent in parents]
-        new = KVCache(
-            self.model.config, len(pieces), max(lengths) + max(map(len, pieces)), self.device, self.cache_dtype()
-        )
+        columns = max(lengths) + max(map(len, pieces))
+        new = KVCache(self.model.config, len(pieces), columns, self.device, self.cache_dtype())
         if cache:
             new.put(list(range(len(pieces))), cache, parents)
         idx = self.padded(pieces)
