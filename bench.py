@@ -181,7 +181,8 @@ def make_batches():
     """A function that returns the next batch, x and y, (B, T) each: of the data set, or always the same random ids."""
     if data:
         tokens = data.tokens('train', vocab_size)
-        return TrainBatches(tokens, block_size, batch_size, 1, seed, 'random', Ranks(), device).next
+        batches = TrainBatches(tokens, block_size, batch_size, 1, seed, 'random', Ranks(), device)
+        return lambda: batches.next()[:2]
     if real_data:
         print(f'{data_dir} is not prepared, timing on random ids')
     x, y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)

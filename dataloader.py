@@ -4,6 +4,10 @@ A split is one file of little-endian token ids, `train.bin`, or shards, `train_0
 uint16, or uint32 if meta.json says so or the vocabulary needs it. A training sequence is a window of block_size + 1
 consecutive tokens: the inputs, and the same tokens shifted by one as targets.
 
+Beside a split may lie `train_mask.bin`, a byte per token: where it is 0, the token is no target (its place in the
+targets holds -1); and `train_documents.bin`, uint64 offsets of the first token of each document. If meta.json has a
+"window", whole documents were packed into windows of so many tokens, and sequences start at these alone.
+
 Windows are read from the files, not memory-mapped: mapped pages count as memory of the process, and a long run would
 touch the whole data set. The system's file cache is the same either way; the price is a seek and a read per window.
 
@@ -59,9 +63,22 @@ class DataSet:
         self.meta = read_meta(self.path)
         self.tokenizer, self.vocab_size = read_vocabulary(self.meta, self.path)
 
-    def tokens(self, split: str, vocab_size: int | None = None) -> 'Tokens':
-        """Open a split, 'train' or 'val', see Tokens. vocab_size: a smaller one, of a model that lacks the last ids."""
-        return Tokens(self.path, split, self.meta, vocab_size or self.vocab_size)
+    def tokens(self, split: str, vocab_size: int | None = None, mask_documents: bool = False) -> 'Tokens':
+        """Open a split, 'train' or 'val', see Tokens. vocab_size: a smaller one, of a model that lacks the last ids.
+        mask_documents: say where documents start. UserError if that is not known."""
+        tokens = Tokens(self.path, split, self.meta, vocab_size or self.vocab_size)
+        if mask_documents:
+            tokens.documents = read_documents(self.path, split, len(tokens))
+            if tokens.documents is None:
+                tokens.end_of_document = self.end_of_text('mask_documents')
+        return tokens
+
+    def end_of_text(self, setting: str) -> int:
+        """The id that ends a document. UserError, naming the setting that needs it, if there is none."""
+        end_of_text = spec_end_of_text(self.tokenizer) if self.tokenizer else None
+        if end_of_text is None:
+            raise UserError(f'--{setting}=True: {self.path} has no token that ends a document')
+        return end_of_text
 
 
 def how_to_prepare(data_dir):
@@ -114,6 +131,8 @@ def check_meta(meta):
         raise ValueError('it holds no JSON object')
     if 'vocab_size' in meta and not is_count(meta['vocab_size'], 1):
         raise ValueError(f"'vocab_size' must be a positive integer, not {one_line(repr(meta['vocab_size']), 40)}")
+    if not is_count(meta.get('window', 1), 1):
+        raise ValueError(f"'window' must be a positive integer, not {one_line(repr(meta['window']), 40)}")
     tokens = meta.get('tokens', {})
     if not isinstance(tokens, dict) or not all(map(is_count, tokens.values())):
         raise ValueError(f"'tokens' must be a whole number for train and one for val, not {one_line(repr(tokens), 80)}")
@@ -176,7 +195,11 @@ SAFE_IMPORTS = {
 
 
 class Tokens:
-    """The token ids of a split on disk, as one array across its shards: tokens[start:end] and len(tokens) work."""
+    """The token ids of a split on disk, as one array across its shards: tokens[start:end] and len(tokens) work.
+
+    mask: the same of its mask, or None. window: of meta.json, or 0. documents, end_of_document: how to tell where
+    documents start: by their offsets, or by the id that ends each; see DataSet.tokens.
+    """
 
     def __init__(self, data_dir: str, split: str, meta: dict, vocab_size: int | None = None):
         """Open a split and check it.
@@ -188,9 +211,10 @@ class Tokens:
         UserError if files are missing, empty, truncated, not as long as meta says, or hold invalid ids.
         """
         dtype = meta.get('dtype', 'uint16')
-        if dtype not in ('uint16', 'uint32'):
+        if dtype not in ('uint16', 'uint32') and not split.endswith('_mask'):
             raise UserError(f"{data_dir}/meta.json: 'dtype' is {one_line(repr(dtype), 40)}, must be uint16 or uint32")
-        self.vocab_size = vocab_size
+        self.vocab_size, self.window = vocab_size, meta.get('window', 0)
+        self.documents, self.end_of_document = None, None
         self.name = os.path.join(data_dir, f'{split}.bin')
         self.paths = [self.name] if os.path.exists(self.name) else shard_paths(data_dir, split)
         if not self.paths:
@@ -210,9 +234,15 @@ class Tokens:
             raise UserError(f'{self.name} holds {len(self)} tokens, meta.json says {expected}: prepare the data again')
         if vocab_size is not None:
             self.check_ids()
+        self.mask = None if split.endswith('_mask') else read_mask(data_dir, split, len(self))
 
     def __len__(self):
         return self.ends[-1]
+
+    @property
+    def marks_documents(self) -> bool:
+        """Does sequences() say where documents start?"""
+        return self.documents is not None or self.end_of_document is not None
 
     def __getitem__(self, span: slice) -> np.ndarray:
         ids = np.empty(span.stop - span.start, dtype=self.dtype)
@@ -269,8 +299,36 @@ class Tokens:
             )
         return rows
 
+    def sequences(self, offsets, T: int):
+        """Sequences of T tokens at offsets, each with its targets -> x, y (n, T), the inputs and the same shifted by
+        one, -1 where the mask says so; and starts (n, T), the column where each token's document starts, or None.
+        All int64. UserError for an invalid id."""
+        rows = self.windows(offsets, T + 1)
+        x, y, starts = rows[:, :-1], rows[:, 1:], None
+        if self.mask:
+            y = np.where(self.mask.windows(offsets, T + 1)[:, 1:] == 0, -1, y)
+        if self.documents is not None:
+            places = np.asarray(offsets, dtype=np.int64)[:, None] + np.arange(T)
+            last = np.searchsorted(self.documents, places, side='right') - 1
+            starts = np.maximum(self.documents[last] - places[:, :1], 0)  # the first may have started before
+        elif self.end_of_document is not None:
+            begins = np.pad(x[:, :-1] == self.end_of_document, ((0, 0), (1, 0)))
+            starts = np.maximum.accumulate(begins * np.arange(T), axis=1)
+        return x, y, starts
+
+    def targets(self, offsets, T: int) -> int:
+        """How many targets sequences() would find at these offsets."""
+        if self.mask is None:
+            return len(offsets) * T
+        return int(np.count_nonzero(self.mask.windows(offsets, T + 1)[:, 1:]))
+
     def require_window(self, block_size: int):
-        """Raise UserError if the split is shorter than one sequence."""
+        """Raise UserError if the split is shorter than one sequence, or packed for sequences of another length."""
+        if self.window and block_size != self.window:
+            raise UserError(
+                f'--block_size={block_size}: {self.name} is packed into windows of {self.window} tokens: use '
+                f'--block_size={self.window}, or prepare it again with --block_size={block_size}'
+            )
         if len(self) <= block_size:
             raise UserError(
                 f'{self.name} holds {len(self)} tokens, too few for one sequence of block_size + 1 = {block_size + 1}: '
@@ -278,9 +336,35 @@ class Tokens:
             )
 
 
+def read_mask(data_dir, split, length) -> Tokens | None:
+    """The mask of a split of `length` tokens, None if it has none. UserError if it does not fit, or hides all."""
+    if not os.path.exists(os.path.join(data_dir, f'{split}_mask.bin')) and not shard_paths(data_dir, f'{split}_mask'):
+        return None
+    mask = Tokens(data_dir, f'{split}_mask', {'dtype': 'uint8'})
+    if len(mask) != length:
+        raise UserError(f'{mask.name} is of {len(mask)} tokens, the split has {length}: prepare the data again')
+    pieces = range(0, length, CHECKED_AT_ONCE)
+    if not any(mask[start : min(start + CHECKED_AT_ONCE, length)].any() for start in pieces):
+        raise UserError(f'{mask.name} is all zeros: no token of the split is a target')
+    return mask
+
+
+def read_documents(data_dir, split, length) -> np.ndarray | None:
+    """The offsets of the first token of each document in a split of `length` tokens, int64; None if none are listed.
+    UserError if they are not increasing from 0."""
+    path = os.path.join(data_dir, f'{split}_documents.bin')
+    if not os.path.exists(path):
+        return None
+    with user_errors(OSError, ValueError, where=f'cannot read {path}: '):
+        offsets = np.fromfile(path, dtype='<u8')
+        if not len(offsets) or offsets[0] or offsets[-1] >= length or (offsets[1:] <= offsets[:-1]).any():
+            raise ValueError('it does not list increasing offsets from 0 into the tokens; prepare the data again')
+    return offsets.astype(np.int64)
+
+
 def shard_paths(data_dir, split):
     """The shards of a split in order: train_000.bin, train_001.bin, …; 1000 comes after 999."""
-    paths = glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin'))
+    paths = glob.glob(os.path.join(glob.escape(data_dir), f'{split}_[0-9]*.bin'))
     return sorted(paths, key=lambda path: (len(path), path))
 
 
@@ -360,28 +444,32 @@ class TrainBatches:
         self.lead = 0  # sequences taken before `step` beyond those of batches of the present size
         if taken is not None:
             self.lead = taken - self.taken(step)
-        self.cached_step, self.cached_starts = None, None
+        self.cached_step, self.cached_starts, self.cached_targets = None, None, 0
         self.epochs = {}  # epoch -> its shuffled starts, of the last two: a step may end one and start the next
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next micro-batch of this rank, on the device -> x, y: inputs, targets, int64 (batch_size, block_size).
+    def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
+        """The next micro-batch of this rank, on the device -> x, y, starts as of Tokens.sequences, int64 (batch_size,
+        block_size); and the weight by which its mean loss counts in the mean of all ranks' sums: the step's loss is
+        the mean over its targets, and with a mask some micro-batches have more of them.
 
         Padding is x of zeros and y of -1: its loss and its gradient are 0, and nothing is read for it.
         """
         if self.step != self.cached_step:
             self.cached_step, self.cached_starts = self.step, self.window_starts(self.step)
+            self.cached_targets = self.tokens.targets(self.cached_starts, self.block_size)
         starts = self.cached_starts[self.micro * self.batch_size :][: self.batch_size]
         self.micro += self.ranks.world_size
         if self.micro >= self.rounds_at(self.step) * self.ranks.world_size:
             self.step, self.micro = self.step + 1, self.ranks.rank
         if not len(starts):
-            shape = self.batch_size, self.block_size
-            return tuple(torch.full(shape, value, device=self.device) for value in (0, -1))
+            return *padding((self.batch_size, self.block_size), self.tokens.marks_documents, self.device), 0.0
         if self.end_of_text is not None:
-            starts = self.document_starts(starts)
-        return to_device(self.tokens.windows(starts, self.block_size + 1), self.device)
+            starts = self.move_to_documents(starts)
+        x, y, starts = self.tokens.sequences(starts, self.block_size)
+        weight = self.ranks.world_size * np.count_nonzero(y >= 0) / max(1, self.cached_targets)
+        return *to_device(self.device, x, y, starts), weight
 
-    def document_starts(self, starts):
+    def move_to_documents(self, starts):
         """Move offsets forward to the next start of a document, where it is near and a full sequence follows it."""
         starts = starts.astype(np.int64)
         previous = self.tokens.windows(np.maximum(starts - 1, 0), self.block_size)  # a document follows an end_of_text
@@ -404,10 +492,14 @@ class TrainBatches:
 
     def window_starts(self, step):
         """Offsets of the sequences in the global batch of a step -> int (micro_batches_at(step) * batch_size,)."""
-        size = self.micro_batches_at(step) * self.batch_size
+        size, window = self.micro_batches_at(step) * self.batch_size, self.tokens.window
+        if self.order == 'random' and window:
+            return random_words(size, self.seed, step) % np.uint64(len(self.tokens) // window) * np.uint64(window)
         if self.order == 'random':
             return random_words(size, self.seed, step) % np.uint64(len(self.tokens) - self.block_size)
-        per_epoch = max(1, len(self.tokens) // self.block_size - 1)  # one less, so that they fit at any offset
+        per_epoch = len(self.tokens) // self.block_size
+        if not window:
+            per_epoch = max(1, per_epoch - 1)  # so that they fit at any offset
         starts, position = [], self.taken(step)
         end = position + size
         while position < end:
@@ -421,14 +513,16 @@ class TrainBatches:
         if epoch not in self.epochs:
             words = random_words(n + 1, self.seed, epoch, 1)
             offset = int(words[-1]) % min(self.block_size, len(self.tokens) - n * self.block_size)
+            offset = 0 if self.tokens.window else offset
             starts = np.argsort(words[:-1], kind='stable') * self.block_size + offset
             self.epochs = {e: kept for e, kept in self.epochs.items() if e == epoch - 1} | {epoch: starts}
         return self.epochs[epoch]
 
 
 def text_checksum(tokens: Tokens, pieces: int = 64, length: int = 2048) -> int:
-    """CRC-32 of a split's length and of evenly spaced pieces of it, to notice that a data set has changed."""
-    crc = zlib.crc32(str(len(tokens)).encode())
+    """CRC-32 of a split's length and of evenly spaced pieces of it and its mask, to notice that a data set has
+    changed."""
+    crc = text_checksum(tokens.mask) if tokens.mask else zlib.crc32(str(len(tokens)).encode())
     for start in np.linspace(0, max(0, len(tokens) - length), pieces, dtype=np.int64).tolist():
         crc = zlib.crc32(tokens[start : min(start + length, len(tokens))].tobytes(), crc)
     return crc
@@ -436,8 +530,8 @@ def text_checksum(tokens: Tokens, pieces: int = 64, length: int = 2048) -> int:
 
 def eval_batches(
     tokens: Tokens, block_size: int, batch_size: int, n_batches: int, ranks: Ranks, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this rank's evaluation batches: x, y as in training; y is -1 in the rows that pad the last batch.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Yield this rank's evaluation batches: x, y, starts as in training; y is -1 in the rows that pad the last batch.
 
     The sequences are the same at every call: at most n_batches * batch_size, adjacent if they cover the split, else
     evenly spaced. Of w ranks, rank r takes the batches r, r + w, r + 2w, …, and all of them equally many, as sharded
@@ -449,18 +543,24 @@ def eval_batches(
     starts = np.arange(count) * available // count * block_size
     together = ranks.world_size * batch_size
     for first in range(ranks.rank * batch_size, -(-count // together) * together, together):
-        rows = tokens.windows(starts[first : first + batch_size], block_size + 1)
-        padding = np.full((batch_size - len(rows), block_size + 1), -1)  # one shape for all: nothing recompiles
-        x, y = to_device(np.concatenate((rows, padding)), device)
-        yield x.clamp_min(0), y
+        rows = starts[first : first + batch_size]
+        missing = padding((batch_size - len(rows), block_size), tokens.marks_documents, device)
+        batch = to_device(device, *tokens.sequences(rows, block_size))
+        yield tuple(None if part is None else torch.cat((part, pad)) for part, pad in zip(batch, missing))
 
 
-def to_device(rows, device):
-    """Split windows (B, T + 1) into inputs and targets, (B, T) each, on the device."""
-    x, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
+def padding(shape, marks_documents: bool, device):
+    """x, y, starts of sequences without targets: int64 of this shape, starts None if documents are not marked."""
+    x, y = (torch.full(shape, value, device=device) for value in (0, -1))
+    return x, y, torch.zeros_like(x) if marks_documents else None
+
+
+def to_device(device, *arrays):
+    """Arrays (None for one that is missing) -> tensors on the device."""
+    tensors = [None if array is None else torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.type == 'cuda':  # pinned memory: the copy overlaps with what the host does next
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
+        return [None if one is None else one.pin_memory().to(device, non_blocking=True) for one in tensors]
+    return [None if one is None else one.to(device) for one in tensors]
 
 
 def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainBatches:
@@ -472,9 +572,9 @@ def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainB
     require(config, 'data_order', "'random' or 'shuffle'", lambda v: v in ('random', 'shuffle'))
     end_of_text = None
     if config['align_documents']:
-        end_of_text = spec_end_of_text(data.tokenizer) if data.tokenizer else None
-        if end_of_text is None:
-            raise UserError(f'--align_documents=True: {data.path} has no token that ends a document')
+        if tokens.window or tokens.mask:
+            raise UserError(f'--align_documents=True: not with {data.path}, which is packed or masked; leave it out')
+        end_of_text = data.end_of_text('align_documents')
     micro_batches, first = config['gradient_accumulation_steps'], config['batch_ramp_from']
     return TrainBatches(
         tokens,
@@ -493,10 +593,15 @@ def training_batches(data, tokens, config, ranks, device, step, taken) -> TrainB
 
 
 def check_global_batch(config, world_size: int):
-    """UserError unless the micro-batches of every step can be divided among the ranks, while they grow too.
+    """UserError for batches that cannot be; and, for training, unless the micro-batches of every step can be divided
+    among the ranks, while they grow too.
 
     With --uneven=True any number of ranks will do.
     """
+    require(config, 'gradient_accumulation_steps batch_size', 'at least 1', lambda v: v >= 1)
+    require(config, 'batch_ramp_from batch_ramp_iters', 'a number from 0 to 10,000,000', lambda v: 0 <= v <= 10**7)
+    if config['eval_only']:
+        return
     micro_batches, first = config['gradient_accumulation_steps'], config['batch_ramp_from']
     if bool(first) != bool(config['batch_ramp_iters']):
         raise UserError('--batch_ramp_from and --batch_ramp_iters: a growing batch needs both')

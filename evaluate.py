@@ -47,9 +47,10 @@ with user_errors(ValueError, where=f'the tokenizer of the model or {data.path}: 
 longest = model.config.block_size
 if block_size > longest:
     raise UserError(f'--block_size={block_size}: the model has {longest} positions')
-tokens = data.tokens(split, min(model.config.vocab_size, data.vocab_size))
-tokens.require_window(1)
-block_size = min(block_size or longest, len(tokens) - 1)
+n_ids = min(model.config.vocab_size, data.vocab_size)
+tokens = data.tokens(split, n_ids, bool(trained_with.get('mask_documents')))
+block_size = min(block_size or tokens.window or longest, len(tokens) - 1)
+tokens.require_window(max(1, block_size))
 batch_size = min(batch_size, (len(tokens) - 1) // block_size)
 model.eval().to(device)
 pack(model, device, dtype, quantize)

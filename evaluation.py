@@ -42,9 +42,9 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
     known = token_bytes is not None
     lengths = torch.as_tensor(token_bytes if known else [0], device=device)
     losses, counts, sizes = [], [], []  # on the device until the end, so that the host does not wait for each batch
-    for x, y in batches:
+    for x, y, starts in batches:
         with autocast(device, dtype), uncompiled():
-            losses.append(model(x, y, with_logits=False)[1])
+            losses.append(model(x, y, starts, with_logits=False)[1])
         predicted = y >= 0
         counts.append(predicted.sum())
         sizes.append((lengths[y * predicted] * predicted).sum() if known else predicted.sum() * 0)

@@ -226,7 +226,7 @@ def write_nanogpt(folder):
 def nanogpt_optimizer():
     """The state of nanoGPT's AdamW: this run's, or a fresh one where this run has none that fits."""
     has_file = run.keys() & {'optimizer_file', 'optimizer', 'parts'}
-    if trained_with.get('optimizer', 'adamw') == 'adamw' and has_file:
+    if trained_with.get('optimizer', 'adamw') == 'adamw' and has_file and not run['lora']:
         optimizer = decayed_adamw(model)
         return load_optimizer_buffers(run, os.path.dirname(path), optimizer)['optimizer']
     warn("nanoGPT's train.py will start with a fresh state of its optimizer: there is none of AdamW to give it")

@@ -149,7 +149,7 @@ class Context:
         if self.cache.static and idx.size(1) == 1:
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed
             return self.model(idx, cache=self.cache)[0][:, -1]
-        return self.model.logits(self.model.hidden(idx, self.cache)[:, -1])
+        return self.model.logits(self.model.hidden(idx, cache=self.cache)[:, -1])
 
     def catch_up(self, behind):
         """Read all that the cache lacks of these rows except their last token. Equal rows are read once."""
@@ -159,7 +159,7 @@ class Context:
         part = KVCache(self.model.config, len(distinct), width, self.device, self.dtype)
         part.extend(width)
         padded = [piece + (0,) * (width - len(piece)) for piece in distinct]
-        self.model.hidden(torch.tensor(padded, device=self.device), part)
+        self.model.hidden(torch.tensor(padded, device=self.device), cache=part)
         part.lengths = [len(piece) for piece in distinct]
         self.reserve(width)
         self.cache.put(behind, part, [distinct.index(piece) for piece in pieces])

@@ -8,11 +8,22 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common.checkpoint import BEST, LATEST, has_run, latest, load_data, load_optimizer_buffers, plain, read_whole
+from common.checkpoint import (
+    BEST,
+    LATEST,
+    has_run,
+    latest,
+    load_data,
+    load_optimizer_buffers,
+    plain,
+    prepare_out_dir,
+    read_whole,
+)
 from common.device import seed_all
 from common.errors import UserError, say, user_errors, warn
 from common.sharded import copy_part, is_sharded, part
 from dataloader import dataset_name
+from lora import add_lora, freeze_base, is_adapter, lora_of, lora_settings, merge_lora, weights_hash
 from model import GPT, GPTConfig
 from optim import ALONE, load_optimizer_state
 from pretrained import NANOGPT_FIELDS, pretrained_model, pretrained_tokenizer
@@ -26,6 +37,18 @@ MAY_CHANGE = ('init_from', 'eval_only')  # settings that may change on resume wi
 # --- for scripts ------------------------------------------------------------------------------------------------------
 
 
+def resume_or_not(config, ranks) -> str:
+    """What --init_from= asks for, 'auto' decided: 'resume' if there is a run in out_dir, else 'scratch'. A run that is
+    to be resumed is locked, so that no other can write to it. A collective: the main rank decides for all."""
+    init_from, out_dir = config['init_from'], config['out_dir']
+    if init_from == 'auto':
+        found = ranks.sum([float(ranks.is_main and has_run(out_dir))])[0]
+        init_from = 'resume' if found else 'scratch'
+    if init_from == 'resume' and ranks.is_main and has_run(out_dir) and not config['eval_only']:
+        prepare_out_dir(out_dir)
+    return init_from
+
+
 def initial_model(config, data) -> tuple[GPT, dict | None]:
     """The model that train.py starts from, in float32, and the checkpoint to resume, or None.
 
@@ -34,8 +57,11 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
     config: the settings. data: the DataSet. Existing weights bring their own shape, as in nanoGPT. UserError if weights
     are not available, or do not fit the settings that were given, or the data.
     """
-    init_from, dropout, checkpoint = config['init_from'], config['dropout'], None
+    init_from, dropout, checkpoint, new_lora = config['init_from'], config['dropout'], None, None
     if init_from == 'scratch':
+        if config['lora_rank']:
+            reason = 'an adapter belongs to a trained model; name one by --init_from='
+            raise UserError(f'--lora_rank={config["lora_rank"]}: {reason}')
         vocab_size = model_vocab_size(data.tokenizer, data.vocab_size, config['vocab_multiple'])
         shape = {key: config[key] for key in SHAPE if key in config}
         with user_errors(ValueError):
@@ -44,12 +70,19 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
         path = latest(config['out_dir']) or os.path.join(config['out_dir'], LATEST)
         # of a model that will be sharded, each rank keeps a part of what it reads from the file
         checkpoint = load_checkpoint(path, mmap=config['parallel'] != 'ddp')
-        model, tokenizer = restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer')
-        source, fixed = f'the run in {path}', SHAPE
+        model, tokenizer = restore_model(checkpoint, path, dropout, merge=False), checkpoint.get('tokenizer')
+        source, fixed = f'the run in {path}', {**shape_of(model), **lora_settings(model)}
         hint = 'leave it out to resume, or start another run with another --out_dir'
     else:
-        model, tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout)
-        source, fixed, hint = init_from, [key for key in SHAPE if key != 'block_size'], 'leave it out'
+        model, tokenizer, _ = open_model(init_from, config['out_dir'], LATEST, dropout, merge=False)
+        if config['lora_rank']:
+            if is_below(init_from, config['out_dir']):
+                raise UserError(f'--out_dir={config["out_dir"]}: holds the model that the adapter needs; use another')
+            new_lora = {key: config[f'lora_{key}'] for key in ('rank', 'alpha', 'targets')}
+            new_lora |= {'base': init_from, 'hash': weights_hash(model)}
+        merge_lora(model)
+        source, fixed, hint = init_from, shape_of(model), 'leave it out'
+        del fixed['block_size']
         if data.tokenizer and not tokenizer:
             warn(
                 f'{init_from} has no tokenizer beside it: nothing shows that its ids mean what those of {data.path} do'
@@ -61,9 +94,9 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
             f'{source} was trained with another tokenizer than that of {data.path}: choose a --dataset in its '
             "encoding, or prepare one with that model's --tokenizer="
         )
-    for key in fixed:
-        if key in config.given and config[key] != getattr(model.config, key):
-            message = f'--{key}={config[key]}: {source} has {key}={getattr(model.config, key)}'
+    for key, value in fixed.items():
+        if key in config.given and config[key] != value:
+            message = f'--{key}={config[key]}: {source} has {key}={value}'
             if checkpoint or key not in NANOGPT_FIELDS:
                 raise UserError(f'{message}; {hint}')
             warn(f'{message}, which it keeps')  # as in nanoGPT, whose fine-tuning recipes may name a shape
@@ -75,7 +108,23 @@ def initial_model(config, data) -> tuple[GPT, dict | None]:
         model.crop_block_size(asked)
     elif not checkpoint and asked > longest and 'block_size' in config.given:
         raise UserError(f'--block_size={asked}: {source} has {longest} positions, use at most that')
+    if new_lora:
+        seed_all(config['seed'])
+        add_lora(model, new_lora)
+    if lora_of(model):
+        freeze_base(model)
     return model, checkpoint
+
+
+def shape_of(model) -> dict:
+    """The fields of SHAPE of a model."""
+    return {key: getattr(model.config, key) for key in SHAPE}
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Is this the path of a folder, or of something in it? Not so of a name on the hub."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.exists(path) and (path + os.sep).startswith(folder + os.sep)
 
 
 def fill_weights(model: GPT, checkpoint: dict | None, seed: int):
@@ -159,17 +208,19 @@ def model_vocab_size(tokenizer: dict | None, vocab_size: int, multiple: int) -> 
     return -(-least // multiple) * multiple
 
 
-def open_model(init_from: str, out_dir: str, name: str, dropout: float = 0.0) -> tuple[GPT, dict | None, dict]:
+def open_model(
+    init_from: str, out_dir: str, name: str, dropout: float = 0.0, merge: bool = True
+) -> tuple[GPT, dict | None, dict]:
     """The model that --init_from= names -> (GPT, tokenizer spec or None, the settings it was trained with or {}).
 
     init_from: 'resume' for the checkpoint `name` in out_dir; a checkpoint's file; a folder with a run's ckpt.pt; or as
-    in load_pretrained. UserError if it is not available.
+    in load_pretrained. merge=False: an adapter stays one. UserError if it is not available.
     """
     path = checkpoint_path(init_from, out_dir, name)
     if path is None:
         return *load_pretrained(init_from, dropout=dropout), {}
     checkpoint = read_whole(load_checkpoint(path))
-    return restore_model(checkpoint, path, dropout), checkpoint.get('tokenizer'), checkpoint['config']
+    return restore_model(checkpoint, path, dropout, merge), checkpoint.get('tokenizer'), checkpoint['config']
 
 
 def checkpoint_path(init_from: str, out_dir: str, name: str) -> str | None:
@@ -197,6 +248,8 @@ def load_pretrained(name: str, **override) -> tuple[GPT, dict | None]:
 def model_entry(model: GPT, ranks=ALONE) -> dict:
     """The part of a checkpoint that describes the model: {'model': weights, 'model_args': shape, …}. A collective.
 
+    Of a model with an adapter the weights are the adapter's alone, and 'lora' says what they belong to, see lora_of.
+
     model_args has nanoGPT's fields, and others only where they differ from the default, so that nanoGPT opens every
     model that it can represent and refuses the rest. OpenAI's GPT-2 computes GELU by tanh, nanoGPT runs it with erf and
     is hardly off: so this one choice is stored beside model_args, and nanoGPT opens a GPT-2 fine-tuned here.
@@ -214,6 +267,12 @@ def model_entry(model: GPT, ranks=ALONE) -> dict:
         if name in NANOGPT_FIELDS or value != getattr(defaults, name)
     }
     entry = {'model': model.state_dict(), 'model_args': args}
+    if lora_of(model):
+        entry = {
+            'model': {name: weight for name, weight in entry['model'].items() if is_adapter(name)},
+            'model_args': args,
+            'lora': lora_of(model),
+        }
     if args.get('mlp') == 'gelu_tanh':
         entry['mlp'] = args.pop('mlp')
     return entry
@@ -236,6 +295,7 @@ def load_checkpoint(path: str, mmap: bool = False) -> dict:
         'seconds': 0.0,  # of training so far
         'windows_taken': None,  # see dataloader.TrainBatches; None: not known
         'trackers': {},
+        'lora': None,
     }
     valid = {
         'best_val_loss': lambda value: not math.isnan(value),
@@ -244,6 +304,7 @@ def load_checkpoint(path: str, mmap: bool = False) -> dict:
         'seconds': lambda value: 0 <= value < math.inf,
         'windows_taken': lambda value: value is None or type(value) is int and value >= 0,
         'trackers': lambda value: isinstance(value, dict),
+        'lora': lambda value: value is None or is_lora(value),
     }
     with user_errors(ValueError, TypeError, where=f'{path} is not a sound checkpoint: '):
         for key, default in defaults.items():
@@ -263,13 +324,23 @@ def load_checkpoint(path: str, mmap: bool = False) -> dict:
     return checkpoint
 
 
-def restore_model(checkpoint: dict, path: str, dropout: float | None = None) -> GPT:
+def is_lora(value) -> bool:
+    """Is this what lora_of describes?"""
+    kinds = {'rank': int, 'alpha': int, 'targets': str, 'base': str, 'hash': str}
+    sound = isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in kinds.items())
+    return sound and value['rank'] >= 1 and value['alpha'] >= 1
+
+
+def restore_model(checkpoint: dict, path: str, dropout: float | None = None, merge: bool = True) -> GPT:
     """The model of a loaded checkpoint, in float32, on the CPU, or on the meta device if its weights are there. dropout
-    replaces the one it was trained with.
+    replaces the one it was trained with. merge=False: an adapter stays one.
 
     UserError if model_args describe no model, or another one than the weights. Nothing large is allocated before that
     is known, so a forged shape cannot exhaust the memory.
     """
+    if checkpoint.get('lora'):
+        model = restore_adapter(checkpoint, path, dropout or 0.0)
+        return merge_lora(model) if merge else model
     args, weights = dict(checkpoint['model_args']), checkpoint['model']
     if dropout is not None:
         args['dropout'] = dropout
@@ -277,10 +348,7 @@ def restore_model(checkpoint: dict, path: str, dropout: float | None = None) -> 
     with user_errors(ValueError, TypeError, RuntimeError, where=f'{path}: the weights do not fit the model_args: '):
         if args.get('n_layer') != len(layers):
             raise ValueError(f'n_layer={args.get("n_layer")!r}, but there are weights of {len(layers)} layers')
-        if not all(torch.is_tensor(weight) and weight.is_floating_point() for weight in weights.values()):
-            raise ValueError('some of them are not tensors of numbers')
-        if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
-            raise ValueError('some of them claim to be larger than they are')
+        check_tensors(weights)
         if args.get('tie_weights', True):
             weights = with_both_ties(weights)
         model = empty_model(GPTConfig(**args))
@@ -289,6 +357,46 @@ def restore_model(checkpoint: dict, path: str, dropout: float | None = None) -> 
     if not all_finite(model):
         raise UserError(f'{path}: some of its weights are NaN or infinite; use another checkpoint')
     return model
+
+
+def restore_adapter(checkpoint: dict, path: str, dropout: float) -> GPT:
+    """restore_model of a checkpoint that holds an adapter: opens its base, and puts the adapter beside its weights.
+
+    UserError if the base is missing, or is not the model that the adapter was trained on.
+    """
+    lora, args = checkpoint['lora'], checkpoint['model_args']
+    base = checkpoint_path(lora['base'], '', LATEST)
+    if base and os.path.realpath(base) == os.path.realpath(path):
+        raise UserError(f'{path} holds an adapter, and names itself as its base: move it back where it was trained')
+    with user_errors(UserError, where=f'{path} holds an adapter, its base cannot be opened: '):
+        model, *_ = open_model(lora['base'], '', LATEST, dropout, merge=False)
+    same = weights_hash(model) == lora['hash']  # before a base's own adapter is merged, which rounds as machines do
+    merge_lora(model)
+    with user_errors(ValueError, TypeError, RuntimeError, where=f'{path}: the adapter does not fit its base: '):
+        config = GPTConfig(**{**args, 'dropout': dropout})
+        if config.block_size != model.config.block_size:
+            model.crop_block_size(config.block_size)
+        if not same or config != model.config:
+            raise UserError(
+                f'{path} holds an adapter of {lora["base"]}, which has changed since: bring back the model that it was '
+                'trained on'
+            )
+        check_tensors(weights := read_whole(checkpoint)['model'])
+        add_lora(model, lora, device='meta')
+        if weights.keys() != set(filter(is_adapter, model.state_dict())):
+            raise ValueError('other layers have one')
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False, assign=True)
+    if not all_finite(model):
+        raise UserError(f'{path}: some of its weights are NaN or infinite; use another checkpoint')
+    return model
+
+
+def check_tensors(weights: dict):
+    """ValueError if these are not tensors of numbers that are as large as they say."""
+    if not all(torch.is_tensor(weight) and weight.is_floating_point() for weight in weights.values()):
+        raise ValueError('some of them are not tensors of numbers')
+    if any(weight.untyped_storage().nbytes() < weight.nbytes for weight in weights.values()):
+        raise ValueError('some of them claim to be larger than they are')
 
 
 def all_finite(model) -> bool:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from common.chunked import chunked_sum
+from common.flex import document_blocks, flex, flex_pays
 from positions import alibi_slopes, rope_angles, rope_frequencies, rotate
 
 POSITIONS = ('learned', 'rope', 'alibi', 'none')
@@ -91,23 +92,30 @@ class GPTConfig:
         return self.mlp_width or (-(-8 * self.n_embd // 192) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd)
 
 
-def attention_mask(config, positions, S, dtype):
+def attention_mask(config, positions, S, dtype, starts=None):
     """Which keys each query attends to: all masks are made here.
 
     positions: (T,) or (B, T), of the queries; (T,) means the last T of S in every row. The keys' are 0 to S - 1.
+    starts: (B, T), the position where each query's document starts, and what it sees; None: all start at 0.
     Returns None where every query sees all keys up to itself (fused kernels need no mask for that), else a mask that
-    broadcasts to (B, nh, T, S): bool, True where a query sees a key, or numbers of `dtype` to add to the logits.
+    broadcasts to (B, nh, T, S): bool, True where a query sees a key, or numbers of `dtype` to add to the logits; or a
+    BlockMask of flex attention.
     """
     special = config.pos == 'alibi'  # add any other choice that hides or weighs earlier keys
-    if not special and positions.dim() == 1 and positions.size(0) in (1, S):
+    if not special and starts is None and positions.dim() == 1 and positions.size(0) in (1, S):
         return None
-    distance = positions[..., None] - torch.arange(S, device=positions.device)  # (T, S) or (B, T, S)
+    if not special and not config.dropout and flex_pays(starts):
+        return document_blocks(starts)
+    keys = torch.arange(S, device=positions.device)
+    distance = positions[..., None] - keys  # (T, S) or (B, T, S)
     if distance.dim() == 3:
         distance = distance[:, None]  # the same for all heads
     seen = distance >= 0
+    if starts is not None:
+        seen = seen & (keys >= starts[:, None, :, None])  # (B, 1, T, S)
     if config.pos == 'alibi':
-        penalty = alibi_slopes(config.n_head, positions.device, torch.promote_types(dtype, torch.float32)) * distance
-        return (-penalty).masked_fill(~seen, -math.inf).to(dtype)
+        slopes = alibi_slopes(config.n_head, positions.device, torch.promote_types(dtype, torch.float32))
+        return torch.where(seen, -slopes * distance, -math.inf).to(dtype)
     return seen
 
 
@@ -149,8 +157,12 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # generation: keys and values of the earlier tokens too, see generation.KVCache
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.size(1) < q.size(1))
+        groups = k.size(1) < q.size(1)
+        if mask is None or torch.is_tensor(mask):
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=groups)
+        else:
+            y = flex(q, k, v, mask, groups)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
@@ -238,18 +250,20 @@ class GPT(nn.Module):
                 nn.init.normal_(value, std=std)
             put(parameter, value)
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, starts=None, cache=None):
         """Token ids idx (B, T), T <= block_size -> final hidden states (B, T, C). With a generation.KVCache, extended
-        by T, idx continues the tokens read before. ValueError if T exceeds block_size."""
+        by T, idx continues the tokens read before. starts (B, T): the column, of all tokens read, where each token's
+        document starts: it sees no earlier one, and positions count from there. ValueError if T exceeds block_size."""
         T, config = idx.size(1), self.config
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
-        positions, S = (torch.arange(T, device=idx.device), T) if cache is None else (cache.positions, cache.end)
+        columns, S = (torch.arange(T, device=idx.device), T) if cache is None else (cache.positions, cache.end)
+        positions = columns if starts is None else columns - starts
         x = self.transformer.wte(idx)
         if config.pos == 'learned':
             x = x + self.transformer.wpe(positions)
         angles = rope_angles(config, positions, x.dtype) if config.pos == 'rope' else None
-        mask = attention_mask(config, positions, S, x.dtype)
+        mask = attention_mask(config, columns, S, x.dtype, starts)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, mask, angles, cache)
@@ -260,13 +274,13 @@ class GPT(nn.Module):
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def forward(self, idx, targets=None, cache=None, with_logits: bool = True):
+    def forward(self, idx, targets=None, starts=None, cache=None, with_logits: bool = True):
         """Token ids idx (B, T) and targets (B, T), -1 where there is none -> (logits, loss).
 
         With targets: logits (B, T, V) and the mean cross-entropy in nats, a scalar; with_logits=False returns no logits
         and need never have all of a large vocabulary's in memory. Without targets: logits of the last position only,
-        (B, 1, V), and None. cache: as in hidden()."""
-        x = self.hidden(idx, cache)
+        (B, 1, V), and None. starts, cache: as in hidden()."""
+        x = self.hidden(idx, starts, cache)
         if targets is None:
             return self.logits(x[:, -1:]), None
         logits, max_rows = None, MAX_LOGITS // self.config.vocab_size

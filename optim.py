@@ -241,6 +241,9 @@ def shard_like(parameter: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
 
 def check_optimizer(config: dict):
     """UserError if settings of the optimizer or its schedule cannot work; a warning if they can hardly be meant."""
+    schedule = 'max_iters learning_rate muon_learning_rate min_lr warmup_iters lr_decay_iters cooldown_iters'
+    require(config, f'{schedule} weight_decay grad_clip', 'a number of at least 0', lambda v: 0 <= v < math.inf)
+    require(config, 'beta1 beta2 muon_momentum', 'in [0, 1)', lambda v: 0 <= v < 1)
     require(config, 'optimizer', ' or '.join(map(repr, OPTIMIZERS)), lambda v: v in OPTIMIZERS)
     learning_rate, min_lr = config['learning_rate'], config['min_lr']
     max_iters, warmup_iters = config['max_iters'], config['warmup_iters']

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from common import device as devices
-from common.checkpoint import has_run, prepare_out_dir
+from common.checkpoint import prepare_out_dir
 from common.cpu import use_onednn_products
 from common.device import autocast, compile_or_stay_eager, seed_all, set_up_device
 from common.distributed import StopSignal, end, find_ranks, join_ranks
@@ -24,7 +24,8 @@ from configurator import configure, require
 from dataloader import DataSet, check_global_batch, dataset_name, eval_batches, text_checksum, training_batches
 from evaluation import bytes_per_token, evaluate
 from generation import sample_texts, tokenizer_of_samples
-from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer
+from loading import SHAPE, fill_weights, initial_model, initial_progress, model_entry, restore_optimizer, resume_or_not
+from lora import check_lora, describe_trained, lora_settings
 from model import GPTConfig
 from optim import StepStats, check_optimizer, clip_gradients, learning_rate_at, make_optimizer, step_unless
 from parallel import check_parallel, describe_mesh, device_mesh, modules_to_compile, parallelize, sync_gradients
@@ -49,6 +50,7 @@ wandb_run_name = 'gpt2'  # run in wandb and trackio
 dataset = 'openwebtext'  # folder below data/
 data_order = 'random'  # 'random': sequences start anywhere; 'shuffle': every sequence once per epoch, in a new order
 align_documents = False  # start sequences where a document starts, if one does within the next block_size tokens
+mask_documents = False  # attention and positions stay within a document, as if each were a sequence of its own
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, of all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence, the model's context length
@@ -61,6 +63,9 @@ n_embd = 768  # width, divisible by n_head
 dropout = 0.0  # share of activations dropped; 0 suits pretraining, 0.1 and more suits small data and fine-tuning
 bias = False  # biases in linear and normalization layers; GPT-2 has them, without is a little better and faster
 vocab_multiple = 1  # round a new model's vocabulary up to a multiple of this; 64 suits matrix units
+lora_rank = 0  # fine-tune an adapter of this rank (LoRA) beside the weights of --init_from=; 0: the weights themselves
+lora_alpha = 32  # the adapter's output is scaled by lora_alpha / lora_rank
+lora_targets = 'attn,mlp'  # linear layers with an adapter: parts of their names, such as 'c_attn' or 'mlp.c_proj'
 # optimizer
 optimizer = 'adamw'  # 'adamw'; 'muon': Muon for the layers' matrices, AdamW for the rest
 learning_rate = 6e-4  # the highest, of AdamW
@@ -93,14 +98,13 @@ dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': 
 compile = True  # compile the model: slow to start, faster to run
 config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from'))
 
-counts = 'keep_saves eval_interval log_interval gradient_accumulation_steps batch_size block_size vocab_multiple'
-schedule = 'max_iters learning_rate muon_learning_rate min_lr warmup_iters lr_decay_iters cooldown_iters patience'
-others = 'weight_decay grad_clip target_val_loss eval_iters sample_interval batch_ramp_from batch_ramp_iters seed'
-require(config, f'{counts} max_skipped_iters', 'at least 1', lambda v: v >= 1)
-require(config, f'{schedule} {others}', 'a number of at least 0', lambda v: 0 <= v < math.inf)
-require(config, 'batch_ramp_iters', 'at most 10,000,000', lambda v: v <= 10**7)
-require(config, 'dropout beta1 beta2 muon_momentum', 'in [0, 1)', lambda v: 0 <= v < 1)
+counts = 'keep_saves eval_interval log_interval max_skipped_iters block_size vocab_multiple'
+require(config, counts, 'at least 1', lambda v: v >= 1)
+others = 'patience target_val_loss eval_iters sample_interval seed'
+require(config, others, 'a number of at least 0', lambda v: 0 <= v < math.inf)
+require(config, 'dropout', 'in [0, 1)', lambda v: 0 <= v < 1)
 check_optimizer(config)
+check_lora(config)
 if 'vocab_size' in config.given:
     raise UserError('--vocab_size: the data set decides it; --vocab_multiple= rounds it up')
 dataset = config['dataset'] = dataset_name(dataset)
@@ -111,27 +115,22 @@ if not eval_only:
 watch = devices.Stopwatch()
 ranks = find_ranks()
 check_parallel(config, ranks)
-if not eval_only:
-    check_global_batch(config, ranks.world_size)
+check_global_batch(config, ranks.world_size)
 device, dtype = set_up_device(device, dtype, ranks)
 join_ranks(backend, device, ranks, timeout)
 mesh = device_mesh(config, ranks, device)
-if init_from == 'auto':
-    found = ranks.sum([float(ranks.is_main and has_run(out_dir))])[0]  # the main rank decides for all
-    init_from = config['init_from'] = 'resume' if found else 'scratch'
-if init_from == 'resume' and has_run(out_dir) and ranks.is_main and not eval_only:
-    prepare_out_dir(out_dir)  # lock the folder: no other run can write to it now
+init_from = config['init_from'] = resume_or_not(config, ranks)
 
 # --- data and model ---------------------------------------------------------------------------------------------------
 data = DataSet(dataset)
 seed_all(seed)
 model, checkpoint = initial_model(config, data)
 n_ids = min(data.vocab_size, model.config.vocab_size)  # a tokenizer may know ids that its model lacks
-splits = {split: data.tokens(split, n_ids) for split in ('train', 'val')}
+splits = {split: data.tokens(split, n_ids, mask_documents) for split in ('train', 'val')}
 if not data.meta:
     say(f"{data.path} does not say what its ids mean: they are taken for GPT-2's, as in nanoGPT")
 text = {split: text_checksum(tokens) for split, tokens in splits.items()}
-config.update({key: getattr(model.config, key) for key in (*SHAPE, 'vocab_size')})
+config.update({key: getattr(model.config, key) for key in (*SHAPE, 'vocab_size')} | lora_settings(model))
 block_size = model.config.block_size
 use_onednn_products(device, block_size)
 progress = initial_progress(checkpoint, config, text)
@@ -139,7 +138,7 @@ iter_num, first_iter, best_val_loss = progress['iter_num'], progress['iter_num']
 best_iter, evaluated_at = progress['best_iter'], progress['evaluated_at']
 batches = training_batches(data, splits['train'], config, ranks, device, iter_num, progress['windows_taken'])
 if not eval_only:
-    x, y = batches.next()
+    x, y, starts, weight = batches.next()
 splits['val'].require_window(block_size)
 eval_iters = eval_iters or -(-((len(splits['val']) - 1) // block_size) // batch_size)
 if checkpoint and evaluated_at == iter_num >= max_iters and not eval_only:
@@ -150,8 +149,9 @@ if checkpoint and evaluated_at == iter_num >= max_iters and not eval_only:
 tokens_per_micro_batch = batch_size * block_size
 global_batch, train_size = gradient_accumulation_steps * tokens_per_micro_batch, len(splits['train'])
 say(
-    f'{model.num_params():,} parameters, {global_batch:,} tokens per iteration, {train_size:,} to train on; '
-    f'{ranks.world_size} x {device.type}, {str(dtype).removeprefix("torch.")}{describe_mesh(mesh)}'
+    f'{model.num_params():,} parameters{describe_trained(model)}, {global_batch:,} tokens per iteration, '
+    f'{train_size:,} to train on; {ranks.world_size} x {device.type}, '
+    f'{str(dtype).removeprefix("torch.")}{describe_mesh(mesh)}'
 )
 raw_model = model  # without the wrapper of DistributedDataParallel: this one is evaluated and saved
 fill = partial(fill_weights, checkpoint=checkpoint, seed=seed)
@@ -170,7 +170,7 @@ def try_once():
     """One forward and backward pass without a step, so that compilation happens now."""
     sync_gradients(model, mesh is not None)  # what hsdp would keep for a later exchange, zero_grad does not clear
     with autocast(device, dtype):
-        loss = model(x, y, with_logits=False)[1]
+        loss = model(x, y, starts, with_logits=False)[1]
     loss.backward()
 
 
@@ -276,9 +276,9 @@ while True:
         if dropout:
             seed_all(seed, iter_num, micro)  # no random state to save: masks depend on the iteration alone
         with autocast(device, dtype):
-            loss = model(x, y, with_logits=False)[1] / (micro_batches / ranks.world_size)
+            loss = model(x, y, starts, with_logits=False)[1] * weight
         watch.lap('forward')
-        x, y = batches.next()  # the next batch is prepared while an accelerator still works on this one
+        x, y, starts, weight = batches.next()  # the next batch is prepared while an accelerator still works on this one
         watch.lap('data')
         mean_loss += loss.detach()
         scaler.scale(loss).backward()

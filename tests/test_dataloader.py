@@ -3,15 +3,17 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHARS, TINY, run_forked, run_forked_ok, write_data
+from conftest import CHARS, TINY, metrics, run_forked, run_forked_ok, train_on_ranks, write_data
 
 from common.distributed import Ranks
 from common.errors import UserError
 from dataloader import DataSet, Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
+from loading import load_checkpoint, restore_model
 from tokenizer import spec_from_meta, spec_from_nanogpt
 
 CPU = torch.device('cpu')
@@ -31,7 +33,7 @@ def global_batch(tokens, world_size, order, step=0, steps=1):
         batches = TrainBatches(tokens, 10, 3, 4, 7, order, Ranks(rank, rank, world_size), CPU, step)
         for s in range(steps):
             for micro in range(rank, 4, world_size):
-                x, y = batches.next()
+                x, y, *_ = batches.next()
                 assert x.shape == y.shape == (3, 10) and x.dtype == torch.int64
                 assert torch.equal(y[:, :-1], x[:, 1:]) and torch.equal(y, x + 1)  # the ids count up
                 rows[s, micro] = x[:, 0].tolist()
@@ -171,7 +173,7 @@ def test_sequences_that_start_with_a_document(tmp_path, order):
                         next((at for at in range(start, start + 10) if at in beginnings and at + 11 <= 2000), start)
                         for start in starts
                     ]
-                    x, y = aligned.next()
+                    x, y, *_ = aligned.next()
                     assert x.tolist() == [ids[at : at + 10].tolist() for at in expected]
                     assert y.tolist() == [ids[at + 1 : at + 11].tolist() for at in expected]
                     moved += expected != starts
@@ -230,7 +232,7 @@ def test_evaluation_windows(counting, world_size):
     def windows(n_batches):
         rows = []
         for rank in range(world_size):
-            for x, y in eval_batches(counting, 10, 8, n_batches, Ranks(rank, rank, world_size), CPU):
+            for x, y, _ in eval_batches(counting, 10, 8, n_batches, Ranks(rank, rank, world_size), CPU):
                 assert x.shape == y.shape == (8, 10)
                 real = (y >= 0).all(1)
                 assert (y[~real] == -1).all() and torch.equal(y[real], x[real] + 1)
@@ -428,3 +430,135 @@ def test_a_npy_file_is_refused(tmp_path):
         np.save(file, np.arange(1000, dtype='<u2'))
     with pytest.raises(UserError, match='it is a .npy file'):
         Tokens(str(tmp_path), 'train', {}, 50257)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """400 ids in documents that end with 0, with a mask and the offsets of the documents -> (DataSet, ids, mask,
+    offsets)."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 50, 400).astype('<u2')
+    ids[rng.integers(0, 400, 40)] = 0
+    mask = rng.integers(0, 2, 400).astype('u1')
+    mask[:200] &= rng.integers(0, 2, 200).astype('u1')  # fewer targets in the first half
+    ids.tofile(tmp_path / 'train.bin')
+    mask.tofile(tmp_path / 'train_mask.bin')
+    spec = {'kind': 'byte'}
+    (tmp_path / 'meta.json').write_text(json.dumps({'tokenizer': spec, 'vocab_size': 257, 'dtype': 'uint16'}))
+    return DataSet(str(tmp_path)), ids, mask, np.flatnonzero(np.append(True, ids[:-1] == 0))
+
+
+def test_masked_tokens_are_no_targets(documents):
+    data, ids, mask, _ = documents
+    tokens = data.tokens('train')
+    x, y, starts = tokens.sequences([0, 7, 379], 20)
+    assert starts is None
+    for row, targets, at in zip(x, y, (0, 7, 379)):
+        assert row.tolist() == ids[at : at + 20].tolist()
+        assert targets.tolist() == [int(ids[i]) if mask[i] else -1 for i in range(at + 1, at + 21)]
+    found = sum((y >= 0).sum().item() for _, y, _ in eval_batches(tokens, 20, 4, 100, Ranks(), CPU))
+    assert found == np.count_nonzero(mask[1:381])  # 19 windows
+
+
+@pytest.mark.parametrize('listed', [False, True])
+def test_where_documents_start(documents, listed):
+    """Told by the token that ends each, or by the offsets beside the tokens."""
+    data, ids, _, offsets = documents
+    tokens = data.tokens('train')
+    if listed:
+        offsets[1:4] += 1  # where no token says so
+        offsets.astype('<u8').tofile(os.path.join(data.path, 'train_documents.bin'))
+        tokens = data.tokens('train', mask_documents=True)
+    else:
+        tokens.end_of_document = 0
+    for at in (0, 3, 111, 379):
+        starts = tokens.sequences([at], 20)[2][0].tolist()
+        expected = [max(0, max(o for o in offsets.tolist() if o <= at + i) - at) for i in range(20)]
+        assert starts == expected
+
+
+def test_a_step_is_the_mean_over_its_targets(documents):
+    """On any number of ranks, with padding too: weights times means of micro-batches give the mean of all."""
+    tokens = documents[0].tokens('train')
+    value = torch.arange(50.0) ** 2
+    for world_size in (1, 2, 3):
+        for step in range(5):
+            total, targets = 0.0, []
+            for rank in range(world_size):
+                batches = TrainBatches(tokens, 10, 3, 4, 7, 'random', Ranks(rank, rank, world_size), CPU, step)
+                for _ in range(batches.rounds_at(step)):
+                    _, y, _, weight = batches.next()
+                    targets.append(y[y >= 0])
+                    total += weight / world_size * value[targets[-1]].sum() / max(1, len(targets[-1]))
+            torch.testing.assert_close(total, value[torch.cat(targets)].mean())
+
+
+@pytest.mark.parametrize('order', ['random', 'shuffle'])
+def test_packed_windows(tmp_path, order):
+    """Sequences are the windows alone, all of them in an epoch; another block_size is refused."""
+    np.arange(401, dtype='<u2').tofile(tmp_path / 'train.bin')
+    tokens = Tokens(str(tmp_path), 'train', {'window': 10}, 500)
+    batches = TrainBatches(tokens, 10, 5, 4, 7, order, Ranks(), CPU)
+    taken = [x[0].item() for _ in range(8) for x in batches.next()[0]]
+    assert all(at % 10 == 0 for at in taken)
+    assert order == 'random' or sorted(taken) == list(range(0, 400, 10))
+    assert [x[0, 0].item() for x, *_ in eval_batches(tokens, 10, 1, 1000, Ranks(), CPU)] == list(range(0, 400, 10))
+    with pytest.raises(UserError, match='is packed into windows of 10 tokens: use --block_size=10'):
+        TrainBatches(tokens, 8, 5, 4, 7, order, Ranks(), CPU)
+
+
+def test_wrong_masks_and_documents(documents):
+    data, ids, mask, offsets = documents
+
+    def put(name, array):
+        array.tofile(os.path.join(data.path, name))
+
+    plain = text_checksum(data.tokens('train'))
+    put('train_mask.bin', 1 - mask)
+    assert text_checksum(data.tokens('train')) != plain
+    put('train_mask.bin', mask[1:])
+    with pytest.raises(UserError, match='is of 399 tokens, the split has 400'):
+        data.tokens('train')
+    put('train_mask.bin', mask * 0)
+    with pytest.raises(UserError, match='no token of the split is a target'):
+        data.tokens('train')
+    put('train_mask.bin', mask)
+    for wrong in (offsets[1:], offsets[::-1], np.append(offsets, 400), offsets[:0]):
+        put('train_documents.bin', wrong.astype('<u8'))
+        with pytest.raises(UserError, match='train_documents.bin'):
+            data.tokens('train', mask_documents=True)
+
+
+def test_training_within_documents_and_on_their_targets(documents, workspace):
+    """Two ranks train as one does, and evaluate.py's loss is that of each document alone, over what is a target."""
+    data, ids, mask, offsets = documents
+    folder = workspace / 'data' / 'masked'
+    shutil.copytree(data.path, folder, ignore=lambda path, names: {'data', 'masked'} & set(names))
+    for name, array in ('documents', offsets.astype('<u8')), ('mask', mask):
+        array.tofile(folder / f'train_{name}.bin')
+        array.tofile(folder / f'val_{name}.bin')
+    ids.tofile(folder / 'val.bin')
+    arguments = [*TINY, '--dataset=masked', '--eval_iters=0', '--max_iters=4', '--mask_documents=True']
+    run_forked_ok('train.py', *arguments, cwd=workspace)
+    train_on_ranks(2, *arguments, '--out_dir=out2', cwd=workspace)
+    one, two = (
+        [record.get('val/loss', record.get('loss')) for record in sum(metrics(workspace / out), [])]
+        for out in ('out', 'out2')
+    )
+    assert len(one) == 6 and one == pytest.approx(two, rel=1e-5)
+    said = run_forked_ok('evaluate.py', '--device=cpu', cwd=workspace)
+    model = restore_model(load_checkpoint(str(workspace / 'out' / 'ckpt.pt')), '').eval()
+    nats, n = 0.0, 0
+    for window in range(0, 399 - 15, 16):
+        inside = [at for at in offsets.tolist() if window < at < window + 16]
+        for first, end in zip([window, *inside], [*inside, window + 16]):
+            logits = model.logits(model.hidden(torch.from_numpy(ids[first:end].astype(np.int64))[None]))[0]
+            for at in range(first, end):
+                if mask[at + 1]:
+                    nats, n = nats - logits[at - first].log_softmax(-1)[int(ids[at + 1])].item(), n + 1
+    assert f'loss {nats / n:.4f}' in said and f'over {n} tokens' in said
+
+
+def test_a_character_has_no_end_of_document(workspace):
+    result = run_forked('train.py', *TINY, '--mask_documents=True', cwd=workspace)
+    assert result.returncode == 2 and '--mask_documents=True: data/tiny has no token that ends a doc' in result.stderr

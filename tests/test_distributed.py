@@ -55,7 +55,7 @@ def test_every_sequence_is_taken_once(tmp_path, order, world_size):
             taken, padding = [], 0
             for _ in range(rounds):
                 for rank in ranks:
-                    x, y = rank.next()
+                    x, y, *_ = rank.next()
                     assert x.shape == y.shape == (3, 10) and x.dtype == y.dtype == torch.int64
                     if (y == -1).all():
                         assert not x.any()
@@ -87,6 +87,7 @@ def test_three_ranks_share_four_micro_batches(workspace):
 
 def test_uneven_shares_are_asked_for():
     config = {'gradient_accumulation_steps': 4, 'batch_ramp_from': 0, 'batch_ramp_iters': 0, 'uneven': False}
+    config |= {'batch_size': 3, 'eval_only': False}
     check_global_batch(config, 2)
     with pytest.raises(UserError, match='cannot be divided among 3 ranks: use 3 or 6, or --uneven=True$'):
         check_global_batch(config, 3)

@@ -8,6 +8,7 @@ from conftest import SHARED  # noqa: F401  (puts the repository on the path)
 from nanogpt_reference import ReferenceGPT
 
 import model as model_module
+from generation import KVCache
 from model import GPT, GPTConfig, attention_mask
 
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=97)
@@ -290,3 +291,49 @@ def test_cropping_keeps_the_function(ids):
 def test_a_shape_that_is_none(wrong):
     with pytest.raises(ValueError):
         GPTConfig(**{**SHAPE, **wrong})
+
+
+PACKED = [
+    dict(),
+    dict(pos='rope', n_kv_head=2),
+    dict(pos='alibi'),
+    dict(pos='none', qk_norm=True, logit_softcap=4.0),
+    dict(pos='rope', rope_scaling='4,1,3,24', norm='rmsnorm', mlp='swiglu', tie_weights=False),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', PACKED, ids=str)
+def test_documents_in_a_sequence_do_not_see_each_other(ids, options):
+    """Each is computed as if it were alone: at once, and in pieces through the cache."""
+    model = randomized(GPT(GPTConfig(**SHAPE, **options))).double()
+    begins = [[0, 5, 6, 20], [0, 31]]
+    starts, alone = torch.zeros_like(ids), torch.empty(*ids.shape, 97, dtype=torch.double)
+    for row, row_starts, row_alone, at in zip(ids, starts, alone, begins):
+        for first, end in zip(at, [*at[1:], 32]):
+            row_starts[first:end] = first
+            row_alone[first:end] = model.logits(model.hidden(row[None, first:end]))[0]
+    packed, loss = model(ids, ids, starts)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(alone.flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5, check_dtype=False)
+    assert not torch.allclose(model(ids, ids)[0], alone, atol=0.1)
+    cache, pieces = KVCache(model.config, 2, 32, dtype=torch.double), []
+    for first, end in ((0, 7), (7, 8), (8, 25), (25, 32)):
+        cache.extend(end - first)
+        pieces.append(model.logits(model.hidden(ids[:, first:end], starts[:, first:end], cache)))
+    torch.testing.assert_close(torch.cat(pieces, 1), alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2)], ids=str)
+def test_flex_attention_computes_the_same(ids, options, monkeypatch):
+    """What runs on CUDA, here uncompiled."""
+    model = randomized(GPT(GPTConfig(**SHAPE, **options)))
+    starts = torch.arange(32).expand(2, 32) // 9 * 9
+    expected = model.hidden(ids, starts)
+    used = []
+    monkeypatch.setattr(model_module, 'flex_pays', lambda starts: used.append(starts) or True)
+    torch.testing.assert_close(model.hidden(ids, starts), expected, rtol=1e-4, atol=1e-4)
+    assert used
