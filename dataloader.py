@@ -83,8 +83,9 @@ class DataSet:
 
 def how_to_prepare(data_dir):
     """The command that prepares a data set, for error messages."""
-    own_text = os.path.dirname(data_dir) == os.path.join('data', 'text')
-    return 'run python data/text/prepare.py --input=FILE' if own_text else f'run python {data_dir}/prepare.py'
+    kind = os.path.basename(os.path.dirname(data_dir))
+    own = kind in ('text', 'chat')  # of these, each data set is made from an input of one's own
+    return f'run python data/{kind}/prepare.py --input=FILE' if own else f'run python {data_dir}/prepare.py'
 
 
 def read_meta(data_dir: str) -> dict:
@@ -95,7 +96,7 @@ def read_meta(data_dir: str) -> dict:
     folder is missing or a file is damaged.
     """
     if not os.path.isdir(data_dir):
-        others = sorted(glob.glob('data/*/train*.bin') + glob.glob('data/text/*/train*.bin'))
+        others = sorted(path for folder in ('*', 'text/*', 'chat/*') for path in glob.glob(f'data/{folder}/train*.bin'))
         paths = {os.path.basename(os.path.dirname(path)): os.path.dirname(path) for path in others}
         nearest = difflib.get_close_matches(os.path.basename(data_dir), paths, n=1)
         hint = f' (did you mean {dataset_name(paths[nearest[0]])}?)' if nearest else ''

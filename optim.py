@@ -378,6 +378,15 @@ class StepStats:
         self.steps += 1
         self.tokens += tokens
 
+    def require_fewer_skipped(self, most):
+        """UserError if there were `most` NaN or infinite steps in a row. The host waits for an accelerator here."""
+        if self.longest >= most:
+            raise UserError(
+                f'loss or gradient was NaN or infinite in {int(self.longest)} iterations in a row: lower '
+                '--learning_rate, raise --warmup_iters, or use --dtype=float32, and continue from the last save with '
+                '--init_from=resume'
+            )
+
     def since_last_line(self, seconds):
         """seconds: of training until now -> part of the log's record: means over the steps since the last call.
 

@@ -301,11 +301,8 @@ while True:
     opt.zero_grad()
     stats.after_step(skip, (grad_norm > grad_clip) & (grad_clip > 0), micro_batches * tokens_per_micro_batch)
     iter_num += 1
-    if (log_due or iter_num % max_skipped_iters == 0) and stats.longest >= max_skipped_iters:
-        raise UserError(
-            f'loss or gradient was NaN or infinite in {int(stats.longest)} iterations in a row: lower --learning_rate, '
-            'raise --warmup_iters, or use --dtype=float32, and continue from the last save with --init_from=resume'
-        )
+    if log_due or iter_num % max_skipped_iters == 0:
+        stats.require_fewer_skipped(max_skipped_iters)
     watch.lap('optimizer')
 
     # log: the one place where the host waits for an accelerator

@@ -54,6 +54,12 @@ for split in ('train', 'val'):
     ]
     if token_bytes is not None:
         facts.append(f'{(counts * token_bytes).sum() / len(tokens):.2f} bytes of text per token')
+    if tokens.mask:
+        pieces = range(0, len(tokens), CHECKED_AT_ONCE)
+        n = sum(np.count_nonzero(tokens.mask[start : min(start + CHECKED_AT_ONCE, len(tokens))]) for start in pieces)
+        facts.append(f'{n / len(tokens):.1%} of the tokens are targets')
+    if tokens.window:
+        facts.append(f'packed into windows of {tokens.window}')
     if tokenizer and tokenizer.end_of_text is not None:
         facts.append(f'{counts[tokenizer.end_of_text]:,} ends of documents')
     print(f'\n{split}: {", ".join(facts)}')

@@ -128,7 +128,7 @@ class Forked:
         """Undo the import of the repository's modules."""
         for name, module in list(sys.modules.items()):
             folder = Path(getattr(module, '__file__', None) or '/').parent
-            if folder in (REPO, *(REPO / name for name in ('common', 'data', 'formats'))):
+            if folder in (REPO, *(REPO / name for name in ('common', 'data', 'data/chat', 'formats'))):
                 del sys.modules[name]
         sys.path[:] = [path for path in sys.path if path != str(REPO)]
 

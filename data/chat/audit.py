@@ -39,29 +39,20 @@ with user_errors(ValueError, where=f'{data.path}/meta: '):
 ends = sorted(template.end_of_turn(tokenizer))
 
 
-def beside(split, part, dtype):
-    """A file beside the tokens of a split, memory-mapped."""
-    path = os.path.join(data.path, f'{split}_{part}.bin')
-    with user_errors(OSError, ValueError, where=f'cannot read {path}, prepare the data again: '):
-        return np.memmap(path, dtype=dtype, mode='r')
-
-
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 splits = {}
 for split in ('train', 'val'):
-    tokens, mask, starts = data.tokens(split), beside(split, 'mask', 'u1'), beside(split, 'documents', '<u8')
-    lengths = np.diff(starts.astype(np.int64), append=len(tokens))
-    if len(mask) != len(tokens) or starts[0] or lengths.min() < 1:
-        raise UserError(f'the files {data.path}/{split}*.bin do not belong together: prepare the data again')
-    n_learned = np.add.reduceat(mask, starts.astype(np.int64), dtype=np.int64)  # tokens of each document
-    if not n_learned.any():
-        raise UserError(f'{tokens.name}: nothing of it is learned, as its mask says: prepare the data again')
+    tokens = data.tokens(split, mask_documents=True)
+    if tokens.mask is None or tokens.documents is None:
+        raise UserError(f'{tokens.name}: no mask or no list of documents lies beside it: prepare the data again')
+    mask, lengths = tokens.mask[0 : len(tokens)] != 0, np.diff(tokens.documents, append=len(tokens))
+    n_learned = np.add.reduceat(mask, tokens.documents, dtype=np.int64)  # tokens of each document
     padding = lengths[n_learned == 0].sum()  # prepare.py leaves conversations without answers out
     answers = ended = blank = 0
     step = max(1, CHECKED_AT_ONCE // window) * window  # no answer continues in the next window
     for at in range(0, len(tokens), step):
-        ids, marks = tokens[at : min(at + step, len(tokens))], mask[at : at + step] != 0
+        ids, marks = tokens[at : min(at + step, len(tokens))], mask[at : at + step]
         first, last = marks & ~np.append(False, marks[:-1]), marks & ~np.append(marks[1:], False)  # tokens of answers
         is_end = np.isin(ids, ends)
         answers, ended = answers + last.sum(), ended + (last & is_end).sum()
@@ -71,9 +62,9 @@ for split in ('train', 'val'):
         f'{n_learned.sum() / len(tokens):.1%} are learned, {padding / len(tokens):.1%} are padding'
     )
     print(f'  {answers:,} answers, {blank:,} of them empty; {ended / answers:.1%} with the end of the turn')
+    if not ended:
+        warn(f'{split}: no answer ends with a token that ends a turn, so the model does not learn to stop')
     splits[split] = tokens, mask
-if not ended:
-    warn('no answer ends with a token that ends a turn: the model will not learn to stop')
 print(
     f'{meta["truncated"]:,} conversations are cut at the end of a window; {meta["empty"]:,} without an answer and '
     f'{meta["skipped"]:,} unreadable ones were left out'
@@ -123,7 +114,7 @@ for n, (split, at, messages) in enumerate(examples()):
     ids, learned = template.encode_supervised(messages, tokenizer)
     ids, learned = ids[:window], learned[:window]
     tokens, mask = splits[split]
-    stored, marks = tokens[at : min(at + len(ids), len(tokens))], mask[at : at + len(ids)] != 0
+    stored, marks = tokens[at : min(at + len(ids), len(tokens))], mask[at : at + len(ids)]
     learned[:1] = False
     if not np.array_equal(stored, ids) or not np.array_equal(marks, learned):
         different.append(f'{split} at {at}: the template gives other tokens')
@@ -133,8 +124,8 @@ for n, (split, at, messages) in enumerate(examples()):
         print(f'\n{split} at {at:,}:\n{colored(stored, marks)}')
 if different:
     raise UserError(
-        f'{data.path}, {"; ".join(different)}: prepare the data again (a template that writes the date gives other '
-        'tokens every day)'
+        f'{data.path}, {different[0]} ({len(different)} such): prepare the data again (a template that writes the date '
+        'gives other tokens every day)'
     )
 checked = 'and in transformers' if theirs else '(transformers, which is not installed, might give others)'
 print(f'\n{len(meta["examples"])} conversations encoded again give the stored tokens, here {checked}')

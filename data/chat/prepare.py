@@ -65,12 +65,12 @@ found, examples = [], {}  # (hash, Conversation) each; hash -> messages
 def take(messages):
     """Encode a conversation and add it to those found."""
     ids, learned = template.encode_supervised(messages, encoder)
-    counts['truncated'] += len(ids) > block_size
-    ids, learned = ids[:block_size].astype(dtype), learned[:block_size]
+    is_long, ids, learned = len(ids) > block_size, ids[:block_size].astype(dtype), learned[:block_size]
     learned[:1] = False  # nothing comes before it
     if not learned.any():
         counts['empty'] += 1
         return
+    counts['truncated'] += is_long
     number = document_hash(json.dumps(messages))
     found.append((number, Conversation(ids, learned)))
     examples[number] = messages
