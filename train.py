@@ -104,8 +104,7 @@ config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from', '
 
 counts = 'keep_saves eval_interval log_interval max_skipped_iters block_size vocab_multiple'
 require(config, counts, 'at least 1', lambda v: v >= 1)
-others = 'patience target_val_loss eval_iters sample_interval seed'
-require(config, others, 'a number of at least 0', lambda v: 0 <= v < math.inf)
+require(config, 'patience target_val_loss eval_iters sample_interval seed', '0 or more', lambda v: 0 <= v < math.inf)
 require(config, 'dropout', 'in [0, 1)', lambda v: 0 <= v < 1)
 check_optimizer(config)
 check_lora(config)
@@ -154,8 +153,7 @@ tokens_per_micro_batch = batch_size * block_size
 global_batch, train_size = gradient_accumulation_steps * tokens_per_micro_batch, len(splits['train'])
 say(
     f'{model.num_params():,} parameters{describe_trained(model)}, {global_batch:,} tokens per iteration, '
-    f'{train_size:,} to train on; {ranks.world_size} x {device.type}, '
-    f'{str(dtype).removeprefix("torch.")}{describe_mesh(mesh)}'
+    f'{train_size:,} to train on; {ranks.world_size} x {device.type}, {str(dtype)[6:]}{describe_mesh(mesh)}'
 )
 raw_model = model  # without the wrapper of DistributedDataParallel: this one is evaluated and saved
 fill = partial(fill_weights, checkpoint=checkpoint, seed=seed)
