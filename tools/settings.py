@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # --key=default  comment, as configurator.print_help writes it
 SETTING = re.compile(r"  --(\w+)=('(?:[^'\\]|\\.)*'|\S+) *(.*)")
-PLACES = ('train.py', '*.py', 'data/text/prepare.py', 'data/*/prepare.py', 'data/*.py', 'tools/*.py')
+PLACES = ('train.py', '*.py', 'data/text/prepare.py', 'data/*/prepare.py', 'data/*/audit.py', 'data/*.py', 'tools/*.py')
 
 
 def help_of(script):
