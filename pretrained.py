@@ -59,9 +59,7 @@ def model_folder(name: str) -> str:
         if not os.path.isfile(os.path.join(name, 'config.json')):
             raise UserError(f'--init_from={name}: this folder has neither the ckpt.pt of a run nor a config.json')
         return name
-    owner = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', name)
-    is_path = not owner or os.path.isdir(owner[1]) or name.endswith(('.pt', '.json', '.bin', '.safetensors'))
-    if name not in HUB_NAMES and is_path:  # with a typo: asking the hub would take a while
+    if not is_hub_name(name):
         raise UserError(
             f'--init_from={name}: there is no such file or folder; must be resume, the folder or a checkpoint of a '
             f'run, the folder of a Hugging Face model, a .gguf file, {", ".join(HUB_NAMES)}, or owner/name on the '
@@ -70,13 +68,20 @@ def model_folder(name: str) -> str:
     return downloaded(name)
 
 
+def is_hub_name(name: str) -> bool:
+    """Can this be the name of a model on the hub, rather than a path with a typo? Asking the hub would take a while."""
+    owner = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', name)
+    is_path = not owner or os.path.isdir(owner[1]) or name.endswith(('.pt', '.json', '.bin', '.safetensors', '.gguf'))
+    return name in HUB_NAMES or not is_path
+
+
 @functools.cache
 def downloaded(name):
     """Download what is needed of a model on the hub, unless it was before -> its folder. UserError if that fails."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UserError(f'--init_from={name} needs the package huggingface_hub: pip install huggingface_hub') from error
+        raise UserError(f'{name}: needs the package huggingface_hub: pip install huggingface_hub') from error
     getLogger('huggingface_hub').setLevel('CRITICAL')  # one line at the end, not one per retry
     weights = ['model.safetensors', 'model-*.safetensors', 'model.safetensors.index.json']
     try:

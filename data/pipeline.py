@@ -126,12 +126,16 @@ def read_foreign(path, source):
 
 
 def model_tokenizer(path: str, others: str = '') -> dict:
-    """Read the tokenizer of a model at --tokenizer=path -> its spec. others: what else may be given, for the message.
-    UserError if there is none."""
+    """Read the tokenizer of a model at --tokenizer=path, or of that name on the hub -> its spec. others: what else may
+    be given, for the message. UserError if there is none."""
+    if not os.path.exists(path):
+        from pretrained import downloaded, is_hub_name  # only here: it imports torch
+
+        path = downloaded(path) if is_hub_name(path) else path
     if not os.path.exists(path):
         raise UserError(
             f'--tokenizer={path}: must be {others}the tokenizer.json of a Hugging Face model, or its '
-            'folder, or a .gguf file, and there is no such file'
+            'folder or name on the hub, or a .gguf file, and there is no such file'
         )
     if path.endswith('.gguf') and os.path.isfile(path):
         from formats.gguf_model import gguf_tokenizer  # only here: most data sets need no GGUF

@@ -14,6 +14,7 @@ from test_mistakes import is_one_error_line
 
 from common.errors import UserError
 from common.weight_files import WeightFiles, write_weight_files
+from data.pipeline import model_tokenizer
 from formats.huggingface import family_of, gpt_fields, hf_config, to_hugging_face, write_hf_model
 from loading import empty_model, load_pretrained, open_model
 from model import GPT, GPTConfig
@@ -770,6 +771,9 @@ def test_a_name_on_the_hub(monkeypatch, saved):
     monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
     model, tokenizer = load_pretrained('somebody/something')
     assert model.config.qkv_bias and tokenizer is None and asked == ['somebody/something']
+    with pytest.raises(UserError, match='there is no tokenizer.json in it'):  # nor in the folder that was downloaded
+        model_tokenizer('somebody/something')
+    assert asked == ['somebody/something']
 
 
 def test_a_gguf_file(tmp_path):

@@ -29,7 +29,7 @@ EXAMPLES = 8  # conversations that meta.json keeps as messages, for audit.py
 
 input = ''  # file or folder: .jsonl, .json, also as .gz, .zst, or .parquet; python: what Python itself ships
 name = ''  # the data set becomes data/chat/NAME; '': named after the input
-tokenizer = ''  # of the model to be fine-tuned: its folder, tokenizer.json or .gguf
+tokenizer = ''  # of the model to be fine-tuned: its folder, tokenizer.json, .gguf, or name on the hub
 chat_template = ''  # a .jinja file in place of the model's chat template
 block_size = 1024  # tokens per window, into which whole conversations are packed: train with the same --block_size
 val_fraction = 0.1  # share of conversations for validation

@@ -18,7 +18,7 @@ from data.sources import Files
 
 input = ''  # file or folder: .txt, .jsonl, .json, .csv, .parquet, also as .gz, .zst; most others as UTF-8 text
 name = ''  # the data set becomes data/text/NAME; '': named after the input
-tokenizer = 'char'  # 'char'; 'byte'; 'gpt2'; 'bpe': trained on this text; or a model's folder, tokenizer.json or .gguf
+tokenizer = 'char'  # 'char'; 'byte'; 'gpt2'; 'bpe': trained on this text; or a model: folder, .gguf, name on the hub
 vocab_size = 4096  # size of a 'bpe' vocabulary
 val_fraction = 0.1  # share of documents for validation; with a few text files, the end of the last one
 text_key = 'text'  # JSON field or table column that holds the text
