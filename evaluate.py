@@ -31,6 +31,7 @@ ckpt = 'ckpt.pt'  # file in out_dir: 'ckpt.pt', the latest, or 'ckpt_best.pt', t
 dataset = ''  # folder below data/; '': the one that the model was trained on
 split = 'val'  # 'val' or 'train'
 block_size = 0  # tokens per window; each is predicted from those before it in the window; 0: the model's block_size
+mask_documents = False  # documents do not see each other; True in any case for a model that was trained so
 batch_size = 16  # windows per batch
 eval_iters = 0  # batches, of windows spread evenly over the split; 0: all whole windows
 tasks = ''  # benchmarks instead of the loss: names of lm_eval's tasks, groups or your own, with commas between; 'core'
@@ -118,7 +119,7 @@ longest = model.config.block_size
 if block_size > longest:
     raise UserError(f'--block_size={block_size}: the model has {longest} positions')
 n_ids = min(model.config.vocab_size, data.vocab_size)
-tokens = data.tokens(split, n_ids, bool(trained_with.get('mask_documents')))
+tokens = data.tokens(split, n_ids, mask_documents or bool(trained_with.get('mask_documents')))
 block_size = min(block_size or tokens.window or longest, len(tokens) - 1)
 tokens.require_window(max(1, block_size))
 batch_size = min(batch_size, (len(tokens) - 1) // block_size)
