@@ -115,12 +115,12 @@ data = DataSet(dataset)
 with user_errors(ValueError, where=f'the tokenizer of the model or {data.path}: '):
     if tokenizer and data.tokenizer and not same_ids(data.tokenizer, tokenizer):
         raise UserError(f'{data.path} was prepared with another tokenizer than the model was trained with')
-longest = model.config.block_size
+n_ids, longest = min(model.config.vocab_size, data.vocab_size), model.config.block_size
+tokens = data.tokens(split, n_ids, mask_documents or bool(trained_with.get('mask_documents')))
+block_size = block_size or tokens.window or longest
 if block_size > longest:
     raise UserError(f'--block_size={block_size}: the model has {longest} positions')
-n_ids = min(model.config.vocab_size, data.vocab_size)
-tokens = data.tokens(split, n_ids, mask_documents or bool(trained_with.get('mask_documents')))
-block_size = min(block_size or tokens.window or longest, len(tokens) - 1)
+block_size = min(block_size, len(tokens) - 1)
 tokens.require_window(max(1, block_size))
 batch_size = min(batch_size, (len(tokens) - 1) // block_size)
 pack(model, device, dtype, quantize)
