@@ -495,12 +495,13 @@ class TrainBatches:
         """Offsets of the sequences in the global batch of a step -> int (micro_batches_at(step) * batch_size,)."""
         size, window = self.micro_batches_at(step) * self.batch_size, self.tokens.window
         if self.order == 'random' and window:
-            return random_words(size, self.seed, step) % np.uint64(len(self.tokens) // window) * np.uint64(window)
+            n = (len(self.tokens) - 1) // window
+            return random_words(size, self.seed, step) % np.uint64(n) * np.uint64(window)
         if self.order == 'random':
             return random_words(size, self.seed, step) % np.uint64(len(self.tokens) - self.block_size)
-        per_epoch = len(self.tokens) // self.block_size
+        per_epoch = (len(self.tokens) - 1) // self.block_size
         if not window:
-            per_epoch = max(1, per_epoch - 1)  # so that they fit at any offset
+            per_epoch = max(1, len(self.tokens) // self.block_size - 1)  # so that they fit at any offset
         starts, position = [], self.taken(step)
         end = position + size
         while position < end:
