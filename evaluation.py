@@ -42,7 +42,7 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
     model.eval()
     known = token_bytes is not None
     lengths = torch.as_tensor(token_bytes if known else [0], device=device)
-    losses, counts, sizes = [], [], []  # on the device until the end, so that the host does not wait for each batch
+    complete, losses, counts, sizes = False, [], [], []  # on the device until the end, so that the host does not wait for each batch
     for x, y, starts in batches:
         with autocast(device, dtype), uncompiled():
             losses.append(model(x, y, starts, with_logits=False)[1])
@@ -51,10 +51,14 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
         sizes.append((lengths[y * predicted] * predicted).sum() if known else predicted.sum() * 0)
         if interrupted():
             break
+    else:
+        complete = True
     model.train(was_training)
     nats = sum(loss.item() * count.item() for loss, count in zip(losses, counts))
     tokens, n_bytes = (float(sum(number.item() for number in numbers)) for numbers in (counts, sizes))
     nats, tokens, n_bytes, knowing = ranks.sum([nats, tokens, n_bytes, float(known)])
+    if complete and not tokens:
+        raise UserError('the sequences of this evaluation have no targets, all of it is masked: raise --eval_iters')
     return Evaluation(nats, int(tokens), int(n_bytes) if knowing == ranks.world_size else 0)
 
 
@@ -88,7 +92,7 @@ def training_benchmarks(config, model, spec, ranks, device, dtype):
     every = config['eval_interval'] * config['eval_tasks_every']
 
     def benchmark(iter_num, interrupted):
-        due = iter_num % every == 0 or iter_num >= config['max_iters']
+        due = iter_num % every == 0 or iter_num >= config['max_iters'] or config['eval_only']
         return suite.record(interrupted) if due else {}
 
     return benchmark

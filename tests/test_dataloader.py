@@ -13,7 +13,9 @@ from conftest import CHARS, TINY, metrics, run_forked, run_forked_ok, train_on_r
 from common.distributed import Ranks
 from common.errors import UserError
 from dataloader import DataSet, Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
+from evaluation import evaluate
 from loading import load_checkpoint, restore_model
+from model import GPT, GPTConfig
 from tokenizer import spec_from_meta, spec_from_nanogpt
 
 CPU = torch.device('cpu')
@@ -505,6 +507,34 @@ def test_packed_windows(tmp_path, order):
     assert [x[0, 0].item() for x, *_ in eval_batches(tokens, 10, 1, 1000, Ranks(), CPU)] == list(range(0, 400, 10))
     with pytest.raises(UserError, match='is packed into windows of 10 tokens: use --block_size=10'):
         TrainBatches(tokens, 8, 5, 4, 7, order, Ranks(), CPU)
+    np.arange(400, dtype='<u2').tofile(tmp_path / 'train.bin')  # the last window lacks its last target
+    tokens = Tokens(str(tmp_path), 'train', {'window': 10}, 500)
+    batches = TrainBatches(tokens, 10, 39, 1, 7, order, Ranks(), CPU)
+    taken = [x[0].item() for _ in range(8) for x in batches.next()[0]]
+    assert set(taken) == set(range(0, 390, 10))
+
+
+def test_windows_longer_than_the_model(workspace):
+    run_forked_ok('train.py', *TINY, '--max_iters=0', cwd=workspace)
+    meta = workspace / 'data' / 'tiny' / 'meta.json'
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), 'window': 32}))
+    result = run_forked('evaluate.py', '--device=cpu', cwd=workspace)
+    assert result.returncode == 2 and '--block_size=32: the model has 16 positions' in result.stderr
+
+
+def test_evaluation_without_targets(documents):
+    """Its loss would be 0, the best of all."""
+    data, _, mask, _ = documents
+    (np.arange(400) == 399).astype('u1').tofile(os.path.join(data.path, 'train_mask.bin'))
+    tokens, model = data.tokens('train'), GPT(GPTConfig(block_size=19, vocab_size=257, n_layer=1, n_head=1, n_embd=4))
+
+    def loss(n_batches, interrupted=False):
+        batches = eval_batches(tokens, 19, 3, n_batches, Ranks(), CPU)
+        return evaluate(model, batches, Ranks(), CPU, torch.float32, interrupted=lambda: interrupted)
+
+    assert loss(100).tokens == 1 and loss(1, interrupted=True).tokens == 0
+    with pytest.raises(UserError, match='no targets'):
+        loss(1)
 
 
 def test_wrong_masks_and_documents(documents):
