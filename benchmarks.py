@@ -156,11 +156,12 @@ class Benchmarks:
     def evaluate(self, loaded, bootstrap):
         """Ask and score -> {name of a task or group: scores}."""
         options = {'limit': self.limit, 'bootstrap_iters': bootstrap, 'log_samples': False}
+        options |= {'apply_chat_template': self.chat, 'fewshot_as_multiturn': self.chat}
         with contained(self.lm.device), self.lm.ready():
             for task in loaded['tasks'].values():
                 task.set_fewshot_seed(seed=SEED)
             with user_errors(ImportError, where='a task needs a package that is not installed: '):
-                result = evaluator.evaluate(self.lm, loaded, apply_chat_template=self.chat, **options)
+                result = evaluator.evaluate(self.lm, loaded, **options)
         return {name: self.scores(name, result) for name in result['results']}
 
     @staticmethod

@@ -174,6 +174,17 @@ def test_chat_template(pair):
         assert lm.apply_chat_template(messages, prompt) == pair[2].apply_chat_template(messages, prompt)
 
 
+@pytest.mark.parametrize('pair', ['llama'], indirect=True)
+def test_examples_are_earlier_turns(pair, tmp_path, monkeypatch):
+    tasks = write_tasks(tmp_path, ['choice'])
+    suite = Benchmarks('choice', *pair[:2], Ranks(), CPU, torch.float32, str(tasks), limit=3, shots=2, chat=True)
+    asked, apply = [], suite.lm.apply_chat_template
+    monkeypatch.setattr(suite.lm, 'apply_chat_template', lambda *a, **k: asked.append(a[0]) or apply(*a, **k))
+    dict(suite.run())
+    turns = ['user', 'assistant'] * 2 + ['user']
+    assert [[message['role'] for message in messages] for messages in asked] == [turns] * 3
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 CHOICE = """
@@ -235,6 +246,9 @@ def test_training_is_judged_and_not_changed(trained):
         ['choice/acc', 'choice/acc_norm', 'words/acc', 'words/perplexity'],
     ]
     assert ', words/acc ' in (trained / 'out.txt').read_text()
+    again = ['--eval_only=True', '--init_from=out', '--eval_tasks=words', '--eval_tasks_path=tasks']
+    for settings in ([], ['--init_from=resume', '--out_dir=out', '--eval_interval=5', '--max_iters=9']):
+        assert ', words/acc ' in run_forked_ok('train.py', *TINY, *again, *settings, cwd=trained)
 
 
 def test_ranks_give_the_same(trained):
