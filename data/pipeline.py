@@ -81,9 +81,7 @@ def write_dataset(
             meta = prepare(folder, source, kind, spec, settings, workers)
             check_shards(folder, out_dir, meta, shard_tokens)
             if not os.path.exists(os.path.join(folder, 'meta.json')):
-                for name in os.listdir(out_dir):  # until the new files are in place, training finds none
-                    if re.fullmatch(r'(train|val)(_\d+)?\.bin', name):
-                        os.remove(os.path.join(out_dir, name))
+                remove_tokens(out_dir)  # until the new files are in place, training finds none
                 write_json(os.path.join(folder, 'meta.json'), meta)
             publish(folder, out_dir, meta, shard_tokens)
         except (UserError, KeyboardInterrupt) as error:
@@ -449,6 +447,18 @@ def publish(folder, out_dir, meta, shard_tokens):
             os.replace(prepared, final)
     os.remove(os.path.join(folder, 'setup.json'))  # without it, the rest does not count as a preparation
     discard(folder)
+
+
+def remove_tokens(folder):
+    """Delete the token files of a data set, then their masks and lists of documents: in this order, so that after an
+    interruption training does not start without a mask."""
+    parts = {'': [], '_mask': [], '_documents': []}
+    for name in os.listdir(folder):
+        found = re.fullmatch(r'(?:train|val)(_mask|_documents|)(?:_\d+)?\.bin', name)
+        if found:
+            parts[found[1]].append(name)
+    for name in sum(parts.values(), []):
+        os.remove(os.path.join(folder, name))
 
 
 def discard(folder):

@@ -478,6 +478,15 @@ def test_an_earlier_data_set_is_deleted_before_publishing(tmp_path, monkeypatch)
     for name, text in (('first', 'abc' * 200), ('second', 'xyz' * 200)):
         (tmp_path / f'{name}.txt').write_text(text)
     write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'first.txt'), 0.1), 'char')
+    for name in ('train_mask', 'val_mask_000', 'train_documents', 'train_notes'):
+        (tmp_path / 'data' / f'{name}.bin').write_bytes(b'1')
+    removed, remove = [], os.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'remove', lambda path: removed.append(os.path.basename(path)) or remove(path))
+        pipeline.remove_tokens(str(tmp_path / 'data'))
+    assert set(removed[:2]) == {'train.bin', 'val.bin'}, 'without these, training does not miss a mask'
+    assert set(removed[2:]) == {'train_mask.bin', 'val_mask_000.bin', 'train_documents.bin'}
+    write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'first.txt'), 0.1), 'char')
     monkeypatch.setattr(pipeline, 'publish', lambda *arguments: exec('raise KeyboardInterrupt'))
     with pytest.raises(KeyboardInterrupt):
         write_dataset(str(tmp_path / 'data'), Files(str(tmp_path / 'second.txt'), 0.1), 'char')

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from common.errors import UserError, one_line, user_errors
 from common.files import written_whole
+from data.pipeline import remove_tokens
 from data.sources import ROWS, NotText, array_elements, kind_of, open_parquet, opened, reading, walk
 from tokenizer import replace_surrogates
 
@@ -199,7 +199,5 @@ def write(out_dir: str, splits: dict[str, list[Conversation]], window: int, padd
         json.dump(meta, files['meta.json'], indent=1)
         for file in files.values():
             file.flush()  # a full disk shows here
-        for name in os.listdir(out_dir):
-            if re.fullmatch(r'(train|val)(_\d+|_mask|_documents)?\.bin', name):
-                os.remove(os.path.join(out_dir, name))
+        remove_tokens(out_dir)
     return meta
