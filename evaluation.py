@@ -42,7 +42,8 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
     model.eval()
     known = token_bytes is not None
     lengths = torch.as_tensor(token_bytes if known else [0], device=device)
-    complete, losses, counts, sizes = False, [], [], []  # on the device until the end, so that the host does not wait for each batch
+    complete = False
+    losses, counts, sizes = [], [], []  # on the device until the end, so that the host does not wait for each batch
     for x, y, starts in batches:
         with autocast(device, dtype), uncompiled():
             losses.append(model(x, y, starts, with_logits=False)[1])
