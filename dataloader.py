@@ -229,9 +229,9 @@ class Tokens:
         self.ends = np.cumsum(lengths).tolist()  # the offset at which each shard ends
         self.open_shard = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
         expected = meta.get('tokens', {}).get(split)
-        if expected is None:
+        if expected is None and self.dtype.itemsize > 1:
             self.check_width()
-        elif expected != len(self):
+        if expected not in (None, len(self)):
             raise UserError(f'{self.name} holds {len(self)} tokens, meta.json says {expected}: prepare the data again')
         if vocab_size is not None:
             self.check_ids()

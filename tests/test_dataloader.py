@@ -552,6 +552,8 @@ def test_wrong_masks_and_documents(documents):
     put('train_mask.bin', mask * 0)
     with pytest.raises(UserError, match='no token of the split is a target'):
         data.tokens('train')
+    put('train_mask.bin', (np.arange(400) % 2 == 0).astype('u1'))  # is no sign of wider ids
+    assert len(data.tokens('train').mask) == 400
     put('train_mask.bin', mask)
     for wrong in (offsets[1:], offsets[::-1], np.append(offsets, 400), offsets[:0]):
         put('train_documents.bin', wrong.astype('<u8'))
