@@ -23,7 +23,7 @@ from common.device import seed_all
 from common.errors import UserError, say, user_errors, warn
 from common.sharded import copy_part, is_sharded, part
 from dataloader import dataset_name
-from lora import add_lora, freeze_base, is_adapter, lora_of, lora_settings, merge_lora, weights_hash
+from lora import MAX_ALPHA, add_lora, freeze_base, is_adapter, lora_of, lora_settings, merge_lora, weights_hash
 from model import GPT, GPTConfig
 from optim import ALONE, load_optimizer_state
 from pretrained import NANOGPT_FIELDS, pretrained_model, pretrained_tokenizer
@@ -328,7 +328,7 @@ def is_lora(value) -> bool:
     """Is this what lora_of describes?"""
     kinds = {'rank': int, 'alpha': int, 'targets': str, 'base': str, 'hash': str}
     sound = isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in kinds.items())
-    return sound and value['rank'] >= 1 and value['alpha'] >= 1
+    return sound and value['rank'] >= 1 and 1 <= value['alpha'] <= MAX_ALPHA
 
 
 def restore_model(checkpoint: dict, path: str, dropout: float | None = None, merge: bool = True) -> GPT:

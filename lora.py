@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from common.errors import UserError
 from configurator import require
 
+MAX_ALPHA = 10**6
+
 
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter: (..., in) -> (..., out). Its own weight and bias keep their names."""
@@ -30,7 +32,7 @@ class LoRALinear(nn.Linear):
 def check_lora(config: dict):
     """UserError for settings of this file that cannot work, alone or together with others."""
     require(config, 'lora_rank', 'at least 0', lambda v: v >= 0)
-    require(config, 'lora_alpha', 'at least 1', lambda v: v >= 1)
+    require(config, 'lora_alpha', f'at least 1 and at most {MAX_ALPHA:,}', lambda v: 1 <= v <= MAX_ALPHA)
     if config['lora_rank'] and config['optimizer'] == 'muon':
         reason = 'Muon is for whole weight matrices, an adapter has two factors of their change; use adamw'
         raise UserError(f'--optimizer=muon: not with --lora_rank={config["lora_rank"]}: {reason}')

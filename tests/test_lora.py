@@ -248,6 +248,7 @@ def test_what_reads_an_adapter(folder):
     [
         (['--lora_rank=-1'], 'must be at least 0'),
         (['--lora_alpha=0'], 'must be at least 1'),
+        ([f'--lora_alpha={10**400}'], 'at most 1,000,000'),
         (['--lora_rank=33'], 'must be at most 32'),
         (
             ['--lora_targets=attn,wte'],
@@ -318,6 +319,7 @@ def forged(path, **changes):
         ({'rank': 8}, 'size mismatch'),
         ({'rank': '4'}, 'its lora is'),
         ({'alpha': float('nan')}, 'its lora is'),
+        ({'alpha': 10**400}, 'its lora is'),
         ({'targets': 'attn'}, 'other layers have one'),
         ({'model': lambda weights: dict(list(weights.items())[1:])}, 'other layers have one'),
         ({'model': lambda weights: {**weights, 'lm_head.weight': torch.zeros(28, 32)}}, 'other layers have one'),
