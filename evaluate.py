@@ -78,7 +78,7 @@ def print_scores(name, scores):
 def benchmark():
     """Run the tasks, print their scores, append them to the run's metrics -> the exit status."""
     spec, path = tokenizer, checkpoint_path(init_from, out_dir, ckpt)
-    if spec is None and dataset and os.path.isdir(os.path.join('data', dataset)):
+    if spec is None and dataset and isinstance(dataset, str) and os.path.isdir(os.path.join('data', dataset)):
         spec = DataSet(dataset).tokenizer  # nanoGPT's checkpoints have none
     iter_num = load_checkpoint(path, mmap=True)['iter_num'] if path else None
     pack(model, device, dtype, quantize)

@@ -159,6 +159,7 @@ raw_model = model  # without the wrapper of DistributedDataParallel: this one is
 fill = partial(fill_weights, checkpoint=checkpoint, seed=seed)
 model = parallelize(raw_model, mesh, config, ranks, device, dtype, fill)
 raw_model.train()
+benchmark = training_benchmarks(config, raw_model, data.tokenizer, ranks, device, dtype)
 
 # --- optimizer --------------------------------------------------------------------------------------------------------
 opt = make_optimizer(raw_model, config, ranks, dtype)
@@ -193,7 +194,6 @@ if ranks.is_main and not eval_only:
     resumed_at = iter_num if checkpoint else None
     log = start_trackers(config, out_dir, saved_trackers(checkpoint or {}), resumed_at, evaluated_at)
 token_bytes = bytes_per_token(data.tokenizer, download=False)  # training needs no network
-benchmark = training_benchmarks(config, raw_model, data.tokenizer, ranks, device, dtype)
 
 
 def evaluate_splits():

@@ -325,6 +325,14 @@ def test_mistakes(trained, monkeypatch):
     assert 'pip install lm_eval' in refused('--tasks=words')
 
 
+def test_a_mistake_leaves_an_earlier_run_alone(trained):
+    before = sorted(os.listdir(trained / 'plain'))
+    settings = ['--out_dir=plain', '--eval_tasks=wrods', '--eval_tasks_path=tasks']
+    result = run_forked('train.py', *TINY, *settings, cwd=trained)
+    assert result.returncode == 2 and 'the nearest is words' in result.stderr, result.stderr
+    assert sorted(os.listdir(trained / 'plain')) == before
+
+
 def test_unknown_task_names_the_nearest(trained, monkeypatch):
     manager = benchmarks.TaskManager
     monkeypatch.setattr(benchmarks, 'TaskManager', lambda **options: manager(**{**options, 'include_defaults': False}))
