@@ -97,6 +97,8 @@ class Benchmarks:
         found = {}
         for name in dict.fromkeys(names):
             if name == 'core':
+                if self.chat or self.shots >= 0:
+                    raise UserError('--tasks=core: its bundle says how to ask; leave out --chat= and --num_fewshot=')
                 parts = [CoreTask(part, self.lm, self.limit) for part in read_bundle(path)]
                 found[name] = [{'tasks': {part.config.task: part}, 'groups': {}} for part in parts]
                 continue
@@ -139,7 +141,7 @@ class Benchmarks:
             for part in loaded:
                 for label, scores in self.evaluate(part, bootstrap).items():
                     centered.append(scores['metrics']['centered']['value'])
-                    yield label, scores
+                    yield label, {**scores, 'shots': part['tasks'][label].part.shots}
             mean = {'value': sum(centered) / len(centered), 'stderr': None}
             yield 'core', {'metrics': {'centered': mean}, 'n': len(centered), 'shots': None, 'version': None}
 

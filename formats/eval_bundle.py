@@ -83,12 +83,15 @@ def read_bundle(folder: str) -> list[Part]:
             f'--tasks=core: needs the evaluation bundle, unpacked, as --task_path=; {where}; it is at {URL}'
         )
     parts = []
-    with user_errors(OSError, ValueError, KeyError, TypeError, yaml.YAMLError, where=f'{folder} is damaged: '):
+    kinds = OSError, ValueError, KeyError, IndexError, TypeError, yaml.YAMLError
+    with user_errors(*kinds, where=f'{folder} is damaged: '):
         rows = csv.DictReader(read_text(os.path.join(folder, 'eval_meta_data.csv')).splitlines())
         baselines = {row['Eval Task']: float(row['Random baseline']) / 100 for row in rows}
         for task in yaml.safe_load(read_text(path))['icl_tasks']:
             if task['icl_task_type'] not in KINDS:
                 raise ValueError(f'the kind of {task["label"]} is {task["icl_task_type"]!r}')
+            if not 0 <= baselines[task['label']] < 1:
+                raise ValueError(f'the accuracy of guessing in {task["label"]} is {baselines[task["label"]]}')
             parts.append(
                 Part(
                     task['label'],

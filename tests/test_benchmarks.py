@@ -405,7 +405,26 @@ def test_core(trained):
         accuracy = sum(right) / len(right)
         centered.append((accuracy - baseline) / (1 - baseline))
         metrics_of_part = found[f'core/{name}']['metrics']
+        assert found[f'core/{name}']['shots'] == shots
         assert metrics_of_part['acc']['value'] == pytest.approx(accuracy)
         assert metrics_of_part['centered']['value'] == pytest.approx(centered[-1])
     assert found['core']['metrics']['centered']['value'] == pytest.approx(sum(centered) / 3)
     assert found['core']['n'] == 3
+    for settings in ({'chat': True}, {'shots': 1}):
+        with pytest.raises(UserError, match='leave out --chat= and --num_fewshot='):
+            Benchmarks(
+                'core', model, {**spec, 'chat_template': CHAT}, Ranks(), CPU, torch.float32, str(folder), **settings
+            )
+    for file, before, after in (
+        ('core.yaml', '"num_fewshot": [2]', '"num_fewshot": []'),
+        ('core.yaml', '"num_fewshot": [2]', '"num_fewshot": [8]'),
+        ('core.yaml', '"icl_tasks"', '"tasks"'),
+        ('eval_meta_data.csv', '50.0', '100.0'),
+        ('eval_data/x/mc.jsonl', '"gold": 1', '"gold": 9'),
+    ):
+        content = (folder / file).read_text()
+        assert before in content
+        (folder / file).write_text(content.replace(before, after))
+        with pytest.raises(UserError, match='bundle'):
+            Benchmarks('core', model, spec, Ranks(), CPU, torch.float32, str(folder))
+        (folder / file).write_text(content)
