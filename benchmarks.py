@@ -11,11 +11,13 @@ requests have in common are read once, only scored positions get logits, and all
 """
 
 import difflib
+import glob
 import io
 import logging
 import math
 import os
 import random
+import sys
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partialmethod
 
@@ -23,9 +25,15 @@ import numpy as np
 import torch
 
 os.environ.setdefault('DISABLE_MULTIPROC', '1')  # lm_eval would fork this process, threads and all, for standard errors
-from common.errors import UserError, user_errors
+from common.errors import UserError, one_line, user_errors
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
 
 with user_errors(ImportError, where='benchmarks need the package lm_eval: pip install lm_eval; '):
+    ours, sys.path[:] = sys.path[:], [path for path in sys.path if os.path.abspath(path) != ROOT]
+    import evaluate  # noqa: F401  (a package that lm_eval imports by this name, and would find evaluate.py)
+
+    sys.path[:] = ours
     import datasets
     from lm_eval import evaluator
     from lm_eval.api.instance import Instance
@@ -62,13 +70,25 @@ class Benchmarks:
     """Tasks by name, loaded, and the model to judge."""
 
     def __init__(
-        self, tasks, model, spec, ranks, device, dtype, path='', limit=0, shots=-1, chat=False, batch_tokens=8192
+        self,
+        tasks,
+        model,
+        spec,
+        ranks,
+        device,
+        dtype,
+        path='',
+        limit=0,
+        shots=-1,
+        chat=False,
+        batch_tokens=8192,
+        key='',
     ):
         """tasks: names of tasks, groups or tags of lm_eval or in `path`, with commas between; 'core' is ours.
         model: a GPT on the device, perhaps sharded. spec: its tokenizer's. dtype: of products.
         path: a folder of YAML files with tasks of one's own; for 'core' the folder of the evaluation bundle.
         limit: examples per task; 0: all. shots: examples before a question; -1: as the task says.
-        chat: requests as conversations. batch_tokens: per batch, padding included.
+        chat: requests as conversations. batch_tokens: per batch, padding included. key: how the script calls `tasks`.
 
         UserError for an unknown task, one whose data are missing, or a model without a tokenizer.
         """
@@ -78,18 +98,18 @@ class Benchmarks:
         if hasattr(model, 'unshard'):  # a sharded model is computed by all ranks together: each answers all requests
             ranks = Ranks()
         self.lm = HarnessModel(model, spec, ranks, device, dtype, batch_tokens)
-        self.limit, self.shots, self.chat = limit or None, shots, chat
+        self.limit, self.shots, self.chat, self.key = limit or None, shots, chat, key or 'tasks'
         if chat:
             self.lm.template = ChatTemplate(spec)
         if not tasks.strip(','):
-            raise UserError('--tasks=: needs a name, such as lambada_openai')
+            raise UserError(f'--{self.key}=: needs a name, such as lambada_openai')
         with contained(device):
             self.tasks = self.load([name for name in tasks.split(',') if name], path)
 
     def load(self, names, path):
         """Tasks by name -> {name: what evaluator.evaluate takes, or for 'core' a list of that}."""
         if path and not os.path.isdir(path):
-            raise UserError(f'--task_path={path}: there is no such folder')
+            raise UserError(f'{path}: there is no such folder, in which to look for tasks')
         others = [name for name in dict.fromkeys(names) if name != 'core']
         manager = TaskManager(include_path=path, include_defaults=False) if path else None
         if others and not (manager and all(map(manager.match_tasks, ([name] for name in others)))):
@@ -106,10 +126,15 @@ class Benchmarks:
             if not matches:
                 nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.0)
                 hint = f'the nearest is {nearest[0]}' if nearest else f'{path} has no tasks'
-                raise UserError(f'--tasks={name}: unknown task; {hint}')
+                raise UserError(f'--{self.key}={name}: unknown task; {unreadable(path) or hint}')
             for match in matches:
-                with user_errors(Exception, where=f'--tasks={match}: its description or its data cannot be loaded: '):
+                try:
                     found[match] = manager.load([match])
+                except Exception as error:  # of lm_eval, datasets, or the code of a task
+                    reason = one_line(f'{type(error).__name__}: {error}')
+                    raise UserError(
+                        f'--{self.key}={match}: its description or its data cannot be loaded: {reason}'
+                    ) from error
                 self.check(match, found[match]['tasks'].values())
         return found
 
@@ -118,7 +143,7 @@ class Benchmarks:
         for task in tasks:
             if getattr(task, 'MULTIMODAL', False) or getattr(task, 'UNSAFE_CODE', False):
                 what = 'needs pictures or sound' if getattr(task, 'MULTIMODAL', False) else 'runs what a model wrote'
-                raise UserError(f'--tasks={name}: {task.task_name} {what}, which is not supported')
+                raise UserError(f'--{self.key}={name}: {task.task_name} {what}, which is not supported')
             fixed = task.get_config('num_fewshot')
             if fixed is None or self.shots >= 0 and fixed != 0:  # 0 in a task's description means never
                 task.set_config(key='num_fewshot', value=max(self.shots, 0))
@@ -177,7 +202,8 @@ class Benchmarks:
                 label = metric if filtered == 'none' else key
                 metrics[label] = {'value': finite(value), 'stderr': finite(stderr)}
         about = {'n': values.get('sample_len'), 'shots': result['n-shot'].get(name)}
-        return {'metrics': metrics, **about, 'version': result['versions'].get(name)}
+        version = result['versions'].get(name)
+        return {'metrics': metrics, **about, 'version': version if isinstance(version, (int, float)) else None}
 
 
 def finite(value):
@@ -208,6 +234,21 @@ def contained(device):
         np.random.set_state(states[1])
 
 
+def unreadable(folder: str) -> str:
+    """What is wrong with the first YAML file in a folder that is not YAML, of which lm_eval says nothing; '' if all
+    are."""
+    import yaml
+
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '**', '*.yaml'), recursive=True)) if folder else ():
+        try:
+            with open(path, encoding='utf-8') as file:
+                if yaml.compose(file) is None:
+                    return f'{path} is empty'
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            return f'{path} cannot be read: {one_line(str(error), 150)}'
+    return ''
+
+
 class CoreTask(ConfigurableTask):
     """A part of CORE (Li et al. 2024, "DataComp-LM", section 3.5) as a task of lm_eval."""
 
@@ -231,16 +272,32 @@ class CoreTask(ConfigurableTask):
         )
 
     def construct_requests(self, doc, ctx, **keywords):
-        pairs = enumerate(zip(doc['contexts'], doc['continuations']))
+        pairs = enumerate(self.pairs(doc))
         return [Instance('loglikelihood', doc, pair, i, keywords['metadata']) for i, pair in pairs]
+
+    def pairs(self, doc):
+        """(ids before, ids that are scored) of each prompt, cut where nanochat cuts them (its core_eval.py): scored is
+        what follows the tokens that all prompts begin with, in a schema those that all of them end with; of a single
+        prompt, what follows its context. A prompt of more than block_size tokens loses its beginning."""
+        texts = zip(doc['contexts'], doc['continuations'])
+        rows = [tuple(self.lm.tok_encode(context + continuation, False)) for context, continuation in texts]
+        if self.part.kind == 'schema':
+            n = len(os.path.commonprefix([row[::-1] for row in rows]))
+            starts = [len(row) - n for row in rows]
+        elif self.part.kind == 'multiple_choice':
+            starts = [len(os.path.commonprefix(rows))] * len(rows)
+        else:
+            starts = [len(self.lm.tok_encode(doc['contexts'][0].rstrip(), False))]
+        starts = [min(start, len(row) - 1) for start, row in zip(starts, rows)]  # something is scored in any case
+        dropped = [max(0, len(row) - self.lm.max_length) for row in rows]
+        return [(row[n:start], row[max(n, start) :]) for row, start, n in zip(rows, starts, dropped)]
 
     def score(self, doc, answers):
         """Right if the continuation is what greedy decoding gives; of several, if its mean over tokens is highest."""
         if len(answers) == 1:
             right = answers[0][1]
         else:
-            pairs = zip(doc['contexts'], doc['continuations'])
-            means = [total / len(self.lm._encode_pair(*pair)[1]) for (total, _), pair in zip(answers, pairs)]
+            means = [total / len(scored) for (total, _), (_, scored) in zip(answers, self.pairs(doc))]
             right = means.index(max(means)) == doc['gold']
         return {'acc': float(right), 'centered': (right - self.part.baseline) / (1 - self.part.baseline)}
 
@@ -310,6 +367,12 @@ class HarnessModel(TemplateLM):
             ids = self.tokenizer.encode(string, special=True).tolist()
         starts = add_special_tokens or add_special_tokens is None and not self.begins(string)
         return [*self.tokenizer.prefix, *ids] if starts else ids
+
+    def _encode_pair(self, context, continuation):
+        """lm_eval's, but for what is ids already, as CoreTask asks."""
+        if isinstance(context, tuple):
+            return list(context), list(continuation)
+        return super()._encode_pair(context, continuation)
 
     def begins(self, string):
         """Does a text begin with the token that starts a text?"""

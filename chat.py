@@ -108,6 +108,7 @@ class ChatTemplate:
         """
         text, spans = self.render_with_spans(messages)
         if self.environment.has_marks:
+            self.check_marks(messages, [text[start:end] for start, end in spans])
             return text, spans
         for k, message in enumerate(messages):
             if message['role'] != 'assistant':
@@ -132,6 +133,21 @@ class ChatTemplate:
             end = len(text) - len(after) + (len(ending) if after.startswith(ending) else 0)
             spans.append((len(prompt), end))
         return text, spans
+
+    @staticmethod
+    def check_marks(messages, marked):
+        """UserError unless what a template marks, texts, can be the answers: one each, and not another's message."""
+        answers = [message['content'] for message in messages if message['role'] == 'assistant']
+        others = [message['content'] for message in messages if message['role'] != 'assistant' and message['content']]
+        wrong = any(
+            answer.strip() not in text and any(other in text for other in others)
+            for answer, text in zip(answers, marked)
+        )
+        if len(marked) != len(answers) or wrong:
+            raise UserError(
+                f'the chat template marks {len(marked)} texts by {{% generation %}}, which are not the '
+                f'{len(answers)} answers: it must mark those, each by itself'
+            )
 
     @functools.cached_property
     def has_prompt(self) -> bool:

@@ -68,7 +68,8 @@ class DataSet:
         mask_documents: say where documents start. UserError if that is not known."""
         tokens = Tokens(self.path, split, self.meta, vocab_size or self.vocab_size)
         if mask_documents:
-            tokens.documents = read_documents(self.path, split, len(tokens))
+            n = self.meta.get('documents', {}).get(split) if tokens.window else None
+            tokens.documents = read_documents(self.path, split, len(tokens), n)
             if tokens.documents is None:
                 tokens.end_of_document = self.end_of_text('mask_documents')
         return tokens
@@ -134,9 +135,11 @@ def check_meta(meta):
         raise ValueError(f"'vocab_size' must be a positive integer, not {one_line(repr(meta['vocab_size']), 40)}")
     if not is_count(meta.get('window', 1), 1):
         raise ValueError(f"'window' must be a positive integer, not {one_line(repr(meta['window']), 40)}")
-    tokens = meta.get('tokens', {})
-    if not isinstance(tokens, dict) or not all(map(is_count, tokens.values())):
-        raise ValueError(f"'tokens' must be a whole number for train and one for val, not {one_line(repr(tokens), 80)}")
+    for key in ('tokens', 'documents', 'supervised'):
+        numbers = meta.get(key, {})
+        if not isinstance(numbers, dict) or not all(map(is_count, numbers.values())):
+            shown = one_line(repr(numbers), 80)
+            raise ValueError(f'{key!r} must be a whole number for train and one for val, not {shown}')
     if meta.get('dtype') == 'uint16' and meta.get('vocab_size', 0) > 2**16:
         raise ValueError(f"'dtype' is 'uint16', which cannot hold the ids of a vocabulary of {meta['vocab_size']}")
 
@@ -235,7 +238,11 @@ class Tokens:
             raise UserError(f'{self.name} holds {len(self)} tokens, meta.json says {expected}: prepare the data again')
         if vocab_size is not None:
             self.check_ids()
-        self.mask = None if split.endswith('_mask') else read_mask(data_dir, split, len(self))
+        self.mask = (
+            None
+            if split.endswith('_mask')
+            else read_mask(data_dir, split, len(self), meta.get('supervised', {}).get(split))
+        )
 
     def __len__(self):
         return self.ends[-1]
@@ -337,26 +344,35 @@ class Tokens:
             )
 
 
-def read_mask(data_dir, split, length) -> Tokens | None:
-    """The mask of a split of `length` tokens, None if it has none. UserError if it does not fit, or hides all."""
-    if not os.path.exists(os.path.join(data_dir, f'{split}_mask.bin')) and not shard_paths(data_dir, f'{split}_mask'):
+def read_mask(data_dir, split, length, targets=None) -> Tokens | None:
+    """The mask of a split of `length` tokens, None if it has none. targets: how many it marks, if that is known.
+    UserError if it does not fit, or hides all."""
+    path = os.path.join(data_dir, f'{split}_mask.bin')
+    if not os.path.exists(path) and not shard_paths(data_dir, f'{split}_mask'):
+        if targets is not None:
+            raise UserError(f'{path} is missing, without which questions would be learned too: prepare the data again')
         return None
     mask = Tokens(data_dir, f'{split}_mask', {'dtype': 'uint8'})
     if len(mask) != length:
         raise UserError(f'{mask.name} is of {len(mask)} tokens, the split has {length}: prepare the data again')
     pieces = range(0, length, CHECKED_AT_ONCE)
-    if not any(mask[start : min(start + CHECKED_AT_ONCE, length)].any() for start in pieces):
+    found = sum(np.count_nonzero(mask[start : min(start + CHECKED_AT_ONCE, length)]) for start in pieces)
+    if not found:
         raise UserError(f'{mask.name} is all zeros: no token of the split is a target')
+    if targets not in (None, found):
+        raise UserError(f'{mask.name} marks {found} targets, meta.json says {targets}: prepare the data again')
     return mask
 
 
-def read_documents(data_dir, split, length) -> np.ndarray | None:
+def read_documents(data_dir, split, length, n=None) -> np.ndarray | None:
     """The offsets of the first token of each document in a split of `length` tokens, int64; None if none are listed.
-    UserError if they are not increasing from 0."""
+    n: how many there are, if that is known. UserError if they are not increasing from 0."""
     path = os.path.join(data_dir, f'{split}_documents.bin')
-    if not os.path.exists(path):
+    if n is None and not os.path.exists(path):
         return None
     with user_errors(OSError, ValueError, where=f'cannot read {path}: '):
+        if os.path.getsize(path) % 8 or n not in (None, os.path.getsize(path) // 8):
+            raise ValueError(f'it must hold {n or "only"} offsets of 8 bytes; prepare the data again')
         offsets = np.fromfile(path, dtype='<u8')
         if not len(offsets) or offsets[0] or offsets[-1] >= length or (offsets[1:] <= offsets[:-1]).any():
             raise ValueError('it does not list increasing offsets from 0 into the tokens; prepare the data again')
@@ -525,6 +541,7 @@ def text_checksum(tokens: Tokens, pieces: int = 64, length: int = 2048) -> int:
     """CRC-32 of a split's length and of evenly spaced pieces of it and its mask, to notice that a data set has
     changed."""
     crc = text_checksum(tokens.mask) if tokens.mask else zlib.crc32(str(len(tokens)).encode())
+    crc = crc if tokens.documents is None else zlib.crc32(tokens.documents.tobytes(), crc)
     for start in np.linspace(0, max(0, len(tokens) - length), pieces, dtype=np.int64).tolist():
         crc = zlib.crc32(tokens[start : min(start + length, len(tokens))].tobytes(), crc)
     return crc

@@ -54,6 +54,9 @@ require(config, 'batch_tokens', 'at least 1', lambda v: v >= 1)
 for key in ('task_path', 'limit', 'num_fewshot', 'chat', 'batch_tokens', 'json'):
     if key in config.given and not tasks:
         raise UserError(f'--{key}={config[key]}: is for benchmarks; add --tasks=')
+for key in ('split', 'block_size', 'batch_size', 'mask_documents', 'eval_iters'):
+    if key in config.given and tasks:
+        raise UserError(f'--{key}={config[key]}: is for the loss on a data set, not with --tasks=; leave it out')
 if tasks:
     from benchmarks import Benchmarks, Interrupted, log_entries  # a missing package is an error at once
 

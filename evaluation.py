@@ -85,11 +85,13 @@ def training_benchmarks(config, model, spec, ranks, device, dtype):
     require(config, 'eval_tasks_every', 'at least 1', lambda v: v >= 1)
     require(config, 'eval_tasks_limit', '0 or more', lambda v: v >= 0)
     tasks, path, limit = config['eval_tasks'], config['eval_tasks_path'], config['eval_tasks_limit']
+    if not tasks and config.given & {'eval_tasks_path', 'eval_tasks_limit', 'eval_tasks_every'}:
+        raise UserError('--eval_tasks=: which? the other settings of benchmarks need it')
     if not tasks:
         return lambda iter_num, interrupted: {}
     from benchmarks import Benchmarks
 
-    suite = Benchmarks(tasks, model, spec, ranks, device, dtype, path, limit)
+    suite = Benchmarks(tasks, model, spec, ranks, device, dtype, path, limit, key='eval_tasks')
     every = config['eval_interval'] * config['eval_tasks_every']
 
     def benchmark(iter_num, interrupted):

@@ -54,14 +54,8 @@ class Part:
             continuations *= len(contexts)
         else:
             contexts, continuations = [before + item['context'].strip()], [item['continuation']]
-        # white space at the end of a context belongs to the first token after it
         contexts = [context + between for context in contexts]
-        spaces = len(between) - len(between.rstrip())
-        return {
-            'contexts': [context[: len(context) - spaces] for context in contexts],
-            'continuations': [between[len(between) - spaces :] + text for text in continuations],
-            'gold': item.get('gold', 0),
-        }
+        return {'contexts': contexts, 'continuations': continuations, 'gold': item.get('gold', 0)}
 
     def solved(self, example):
         """A question with its answer."""

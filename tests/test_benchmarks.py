@@ -350,8 +350,10 @@ def write_bundle(folder):
     data = {'mc': [], 'schema': [], 'lm': []}
     for i in range(8):
         a, b = alphabet[i : i + 5], alphabet[i + 5 : i + 8]
-        data['mc'].append({'query': a, 'choices': [b, a, 'zz'], 'gold': i % 3})
-        data['schema'].append({'context_options': [a, b], 'continuation': alphabet[i + 8 : i + 10], 'gold': i % 2})
+        shared = 'zz' if i % 2 else ''  # tokens that all answers begin with, or all contexts end with
+        data['mc'].append({'query': a, 'choices': [shared + b, shared + a, 'zz'], 'gold': i % 3})
+        options = [a + shared, b + shared]
+        data['schema'].append({'context_options': options, 'continuation': alphabet[i + 8 : i + 10], 'gold': i % 2})
         data['lm'].append({'context': f'{a} ', 'continuation': b})
     (folder / 'eval_data' / 'x').mkdir(parents=True)
     kinds = {'mc': ('multiple_choice', 2, 0.25), 'schema': ('schema', 1, 0.5), 'lm': ('language_modeling', 3, 0.0)}
@@ -368,13 +370,17 @@ def write_bundle(folder):
 
 
 def nanochat_prompts(kind, item, examples):
-    """(before, after) of what is scored, as nanochat's templates put them together."""
+    """(before, after) of what is scored, as nanochat's templates put them together and its core_eval.py cuts them."""
     if kind == 'multiple_choice':
         solved = [f'{e["query"]} {e["choices"][e["gold"]]}\n\n' for e in examples]
-        return [(''.join(solved) + item['query'], ' ' + choice) for choice in item['choices']]
+        texts = [f'{"".join(solved)}{item["query"]} {choice}' for choice in item['choices']]
+        n = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
+        return [(text[:n], text[n:]) for text in texts]
     if kind == 'schema':
         solved = [f'{e["context_options"][e["gold"]]} {e["continuation"]}\n\n' for e in examples]
-        return [(''.join(solved) + option, ' ' + item['continuation']) for option in item['context_options']]
+        texts = [f'{"".join(solved)}{option} {item["continuation"]}' for option in item['context_options']]
+        n = len(os.path.commonprefix([text[::-1] for text in texts]))
+        return [(text[:-n], text[-n:]) for text in texts]
     solved = [f'{e["context"].strip()} {e["continuation"]}\n\n' for e in examples]
     return [(''.join(solved) + item['context'].strip(), ' ' + item['continuation'])]
 
@@ -396,7 +402,7 @@ def test_core(trained):
             examples = [items[i] for i in random.Random(1234 + n).sample(others, shots)]
             losses, greedy = [], []
             for before, after in nanochat_prompts(kind, item, examples):
-                tokens = torch.tensor([[ids[char] for char in before + after]])[:, -(model.config.block_size + 1) :]
+                tokens = torch.tensor([[ids[char] for char in before + after]])[:, -model.config.block_size :]
                 logits = exact.logits(exact.hidden(tokens[:, :-1]))[0, -len(after) :]
                 targets = tokens[0, -len(after) :]
                 losses.append(torch.nn.functional.cross_entropy(logits, targets).item())

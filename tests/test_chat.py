@@ -352,7 +352,7 @@ def test_rewinding_reads_only_what_is_new(monkeypatch):
     model = make_model(50, block_size=16)
     context, read = Context(model, 1, 16), []
     hidden = model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda idx, *args: (read.append(idx[0].tolist()), hidden(idx, *args))[1])
+    monkeypatch.setattr(model, 'hidden', lambda idx, **cache: (read.append(idx[0].tolist()), hidden(idx, **cache))[1])
     with torch.inference_mode():
         for n, new in ((0, range(12)), (8, [20, 21]), (10, [22, 23, 24, 25, 26, 27, 28, 29]), (17, [30])):
             context.rewind(0, n)
@@ -464,10 +464,10 @@ def test_turns_equal_those_generated_anew(tmp_path, monkeypatch, family, options
     type_in(tmp_path, monkeypatch, LINES)
     hidden = GPT.hidden
 
-    def reporting(self, idx, cache=None):
+    def reporting(self, idx, starts=None, cache=None):
         if cache is not None:
             print(idx.size(1), file=sys.stderr)
-        return hidden(self, idx, cache)
+        return hidden(self, idx, starts, cache)
 
     monkeypatch.setattr(GPT, 'hidden', reporting)
     result = run_forked('sample.py', *GREEDY, '--max_new_tokens=24', f'--system={system}', cwd=tmp_path)

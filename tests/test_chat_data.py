@@ -13,7 +13,7 @@ from test_chat import CONVERSATIONS, SYSTEM, TEMPLATES, assistant, hugging_face_
 
 from chat import ChatTemplate
 from common.errors import UserError
-from data.chat.conversations import messages_of, pack, read_rows
+from data.chat.conversations import Conversation, messages_of, pack, read_rows, write
 from data.chat.python_docs import conversations as python_conversations
 from dataloader import DataSet
 from tokenizer import load_tokenizer
@@ -153,7 +153,7 @@ def test_a_token_across_the_start_of_an_answer_is_not_learned():
     library = Tokenizer.from_str(spec['json'])
     library.post_processor = processors.ByteLevel(trim_offsets=True)
     for each in (spec, {**spec, 'json': library.to_str()}):
-        ids, mask, tokenizer = learned(each, [user('you')])
+        ids, mask, tokenizer = learned(each, [assistant('you')])
         across = [tokenizer.decode([id]) for id in ids[~mask].tolist()][-1]
         assert across.startswith(' y') and runs(ids, mask, tokenizer) == ['you</s>'[len(across) - 1 :]]
 
@@ -253,7 +253,7 @@ def test_formats():
         ({'messages': [{'role': 'tool', 'content': 'a'}]}, "by 'tool': it must be one of system, user"),
         ({'messages': [{'role': ['user'], 'content': 'a'}]}, 'it must be one of'),
         ({'messages': [user(None)]}, 'message 1 must hold a text, not None'),
-        ({'messages': [user([{'type': 'text', 'text': 'a'}])]}, 'must hold a text'),
+        ({'messages': [user([{'type': 'image', 'url': 'a'}])]}, 'must hold a text'),
         ({'messages': [{**assistant(''), 'tool_calls': [1]}]}, "has 'tool_calls', which is not read"),
     ],
 )
@@ -513,12 +513,12 @@ def test_bad_rows_can_be_left_out(copy):
         (make_rows(1) * 2, '', 'fewer than two different conversations'),
         (make_rows(2), '--tokenizer=', 'which model is to be fine-tuned?'),
         (make_rows(2), '--tokenizer=none', '--tokenizer=none: must be the tokenizer.json of a Hugging Face model'),
-        (make_rows(2), '--tokenizer=base', 'the model has no chat template'),
+        (make_rows(2), '--tokenizer=base', 'has no chat template; give one, as --chat_template='),
         (make_rows(2), '--chat_template=none.jinja', 'cannot read none.jinja: No such file'),
         (make_rows(2), '--input=none.jsonl', '--input=none.jsonl: there is no such file or folder'),
         (make_rows(2), '--input=', 'which conversations?'),
         (make_rows(2), '--name=a/b', "--name='a/b': must be a plain name, it becomes a folder in data/chat"),
-        (make_rows(2), '--block_size=1', '--block_size=1: must be at least 2'),
+        (make_rows(2), '--block_size=1', '--block_size=1: must be from 2 to'),
         (make_rows(2), '--val_fraction=1', '--val_fraction=1.0: must be between 0 and 1'),
     ],
 )
@@ -579,3 +579,39 @@ def test_audit_of_something_else(copy):
     for name, expected in (('text', 'is not a data set of conversations'), ('', 'which data set?')):
         result = audit(copy, f'--name={name}')
         assert result.returncode == 2 and expected in result.stderr
+
+
+def test_a_template_that_marks_the_wrong_turns():
+    """What the user wrote, or more than the answers."""
+    turn = '{% generation %}{{ m.content }}</s>{% endgeneration %}'
+    for condition in ("m.role == 'user'", 'true'):
+        marked = '{% if ' + condition + ' %}' + turn + '{% else %}{{ m.content }}{% endif %}'
+        template = '{% for m in messages %}' + marked + '{% endfor %}'
+        spec = make_spec(template)
+        with pytest.raises(UserError, match='which are not the 1 answers'):
+            ChatTemplate(spec).encode_supervised([user('Hello'), assistant('you')], load_tokenizer(spec))
+
+
+def test_a_data_set_that_lost_its_mask_or_documents(tmp_path):
+    """It is not taken for one where all is learned, or nothing kept apart."""
+    conversations = [Conversation(np.arange(5), np.arange(5) > 2)] * 3
+    meta = {'tokenizer': {'kind': 'byte'}, 'vocab_size': 257, 'dtype': 'uint16'}
+    write(str(tmp_path), {'train': conversations, 'val': conversations}, 8, 0, meta)
+    data = DataSet(str(tmp_path))
+    assert data.tokens('train', mask_documents=True).marks_documents
+    mask, documents = tmp_path / 'train_mask.bin', tmp_path / 'train_documents.bin'
+    content = mask.read_bytes()
+    mask.write_bytes(content[:-1] + bytes([1]))
+    with pytest.raises(UserError, match='marks 7 targets, meta.json says 6'):
+        data.tokens('train')
+    mask.unlink()
+    with pytest.raises(UserError, match='train_mask.bin is missing'):
+        data.tokens('train')
+    mask.write_bytes(content)
+    for wrong in (documents.read_bytes()[:-3], documents.read_bytes()[:-8]):
+        documents.write_bytes(wrong)
+        with pytest.raises(UserError, match='it must hold 7 offsets of 8 bytes'):
+            data.tokens('train', mask_documents=True)
+    documents.unlink()
+    with pytest.raises(UserError, match='cannot read .*train_documents.bin'):
+        data.tokens('train', mask_documents=True)

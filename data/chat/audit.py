@@ -125,7 +125,7 @@ for n, (split, at, messages) in enumerate(examples()):
 if different:
     raise UserError(
         f'{data.path}, {different[0]} ({len(different)} such): prepare the data again (a template that writes the date '
-        'gives other tokens every day)'
+        'gives other tokens every day, and so does a damaged mask)'
     )
 checked = 'and in transformers' if theirs else '(transformers, which is not installed, might give others)'
 print(f'\n{len(meta["examples"])} conversations encoded again give the stored tokens, here {checked}')

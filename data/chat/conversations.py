@@ -110,6 +110,8 @@ def as_message(n, message):
     role, content = message.get('role', message.get('from')), message.get('content', message.get('value'))
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f'message {n} is by {one_line(repr(role), 60)}: it must be one of {", ".join(ROLES)}')
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get('type') == 'text' for p in content):
+        content = ''.join(str(part.get('text', '')) for part in content)
     if not isinstance(content, str):
         raise ValueError(f'message {n} must hold a text, not {one_line(repr(content), 60)}')
     return {'role': ROLES[role], 'content': replace_surrogates(content)}
@@ -164,6 +166,7 @@ def write(out_dir: str, splits: dict[str, list[Conversation]], window: int, padd
         'window': window,
         'tokens': {},
         'conversations': {},
+        'documents': {},
         'supervised': {},
         'padding': {},
         'examples': [],
@@ -193,6 +196,7 @@ def write(out_dir: str, splits: dict[str, list[Conversation]], window: int, padd
             tokens.write(np.array(padding, dtype).tobytes())
             mask.write(bytes(1))
             meta['tokens'][split], meta['conversations'][split] = n + 1, len(conversations)
+            meta['documents'][split] = documents.tell() // 8
             meta['supervised'][split] = sum(int(conversation.learned.sum()) for conversation in conversations)
             meta['padding'][split] = n + 1 - sum(len(conversation.ids) for conversation in conversations)
         files['meta.json'] = stack.enter_context(written_whole(os.path.join(out_dir, 'meta.json'), 'w'))

@@ -36,7 +36,7 @@ val_fraction = 0.1  # share of conversations for validation
 skip_bad = False  # leave out what is not a conversation or is refused by the template, in place of stopping
 config = configure(globals(), bare='input', paths=('input', 'tokenizer', 'chat_template'))
 
-require(config, 'block_size', 'at least 2', lambda v: v >= 2)
+require(config, 'block_size', 'from 2 to 1,048,576', lambda v: 2 <= v <= 2**20)
 check_fraction(val_fraction)
 from_python = input == 'python' and not os.path.exists(input)
 if not from_python and not os.path.exists(input):
@@ -54,10 +54,14 @@ if chat_template:
     with user_errors(OSError, ValueError, where=f'cannot read {chat_template}: '):
         with open(chat_template, encoding='utf-8') as file:
             spec['chat_template'] = file.read(MAX_TEMPLATE + 1)
+if not spec.get('chat_template'):
+    raise UserError(f'--tokenizer={tokenizer}: it has no chat template; give one, as --chat_template=FILE.jinja')
 template = ChatTemplate(spec)
 with user_errors(ValueError, where=f'--tokenizer={tokenizer}: '):
     encoder = load_tokenizer(spec)
 
+if template.ending(encoder, is_last=True)[1] is None:
+    warn('the chat template ends an answer with no special token of the tokenizer: the model will not learn to stop')
 counts = {'truncated': 0, 'empty': 0, 'skipped': 0}
 found, examples = [], {}  # (hash, Conversation) each; hash -> messages
 
@@ -86,10 +90,12 @@ for where, row in tqdm(rows, unit=' conversations', desc='encoding', delay=1):
             take(messages_of(row))
     except UserError as error:
         if not skip_bad:
-            raise
+            raise UserError(f'{error} (--skip_bad=True leaves such out)') from error
         if not counts['skipped']:
             warn(f'{error}; it is left out, as are others like it')
         counts['skipped'] += 1
+if not found and not counts['empty']:
+    raise UserError(f'{input} holds no conversations')
 if not found:
     raise UserError(f'{input}: none of its conversations has an answer to learn from')
 numbers = sorted({number for number, _ in found})
