@@ -93,7 +93,7 @@ class Benchmarks:
         UserError for an unknown task, one whose data are missing, or a model without a tokenizer.
         """
         for name in ('lm_eval', 'datasets'):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is one line of ours
         datasets.disable_progress_bars()
         if hasattr(model, 'unshard'):  # a sharded model is computed by all ranks together: each answers all requests
             ranks = Ranks()
@@ -144,6 +144,10 @@ class Benchmarks:
             if getattr(task, 'MULTIMODAL', False) or getattr(task, 'UNSAFE_CODE', False):
                 what = 'needs pictures or sound' if getattr(task, 'MULTIMODAL', False) else 'runs what a model wrote'
                 raise UserError(f'--{self.key}={name}: {task.task_name} {what}, which is not supported')
+            metrics = getattr(task, '_metric_fn_list', {})  # None for one that lm_eval does not find
+            unknown = [metric for metric, function in metrics.items() if function is None]
+            if unknown and task.get_config('process_results') is None:
+                raise UserError(f'--{self.key}={name}: neither lm_eval nor evaluate has the metric {unknown[0]!r}')
             fixed = task.get_config('num_fewshot')
             if fixed is None or self.shots >= 0 and fixed != 0:  # 0 in a task's description means never
                 task.set_config(key='num_fewshot', value=max(self.shots, 0))

@@ -320,6 +320,13 @@ def test_mistakes(trained, monkeypatch):
         CHOICE.format(name='words', path='bad/data.jsonl', kind='loglikelihood') + KINDS['words']
     )
     assert "the character 'A'" in refused('--tasks=words', '--task_path=bad')
+    assert '--split=val: is for the loss' in refused('--tasks=words', '--split=val')
+    metrics = 'metric_list: [{metric: accc, aggregation: mean, higher_is_better: true}]\n'
+    description = CHOICE.format(name='words', path='tasks/30.jsonl', kind='loglikelihood') + KINDS['words'] + metrics
+    (trained / 'bad' / 'words.yaml').write_text(description)
+    assert "has the metric 'accc'" in refused('--tasks=words', '--task_path=bad')
+    (trained / 'bad' / 'words.yaml').write_text('task:\n\t- words')
+    assert 'words.yaml cannot be read: ' in refused('--tasks=words', '--task_path=bad')
     monkeypatch.delitem(sys.modules, 'benchmarks')
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
     assert 'pip install lm_eval' in refused('--tasks=words')
