@@ -12,6 +12,7 @@ requests have in common are read once, only scored positions get logits, and all
 
 import difflib
 import glob
+import importlib
 import io
 import logging
 import math
@@ -30,9 +31,9 @@ from common.errors import UserError, one_line, user_errors
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 with user_errors(ImportError, where='benchmarks need the package lm_eval: pip install lm_eval; '):
+    # lm_eval imports a package called evaluate, in whose place it would find evaluate.py
     ours, sys.path[:] = sys.path[:], [path for path in sys.path if os.path.abspath(path) != ROOT]
-    import evaluate  # noqa: F401  (a package that lm_eval imports by this name, and would find evaluate.py)
-
+    importlib.import_module('evaluate')
     sys.path[:] = ours
     import datasets
     from lm_eval import evaluator

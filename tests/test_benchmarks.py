@@ -299,7 +299,14 @@ def test_interrupted(trained):
     assert 'interrupted' in result.stderr and 'done words; not done choice' in result.stderr
 
 
-def test_mistakes(trained, monkeypatch):
+@pytest.fixture
+def own_tasks(monkeypatch):
+    """lm_eval without its 14,000 tasks, whose index takes seconds."""
+    manager = benchmarks.TaskManager
+    monkeypatch.setattr(benchmarks, 'TaskManager', lambda **options: manager(**{**options, 'include_defaults': False}))
+
+
+def test_mistakes(trained, monkeypatch, own_tasks):
     def refused(*arguments):
         result = run_forked('evaluate.py', '--device=cpu', *arguments, cwd=trained)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
@@ -332,7 +339,7 @@ def test_mistakes(trained, monkeypatch):
     assert 'pip install lm_eval' in refused('--tasks=words')
 
 
-def test_a_mistake_leaves_an_earlier_run_alone(trained):
+def test_a_mistake_leaves_an_earlier_run_alone(trained, own_tasks):
     before = sorted(os.listdir(trained / 'plain'))
     settings = ['--out_dir=plain', '--eval_tasks=wrods', '--eval_tasks_path=tasks']
     result = run_forked('train.py', *TINY, *settings, cwd=trained)
@@ -340,9 +347,7 @@ def test_a_mistake_leaves_an_earlier_run_alone(trained):
     assert sorted(os.listdir(trained / 'plain')) == before
 
 
-def test_unknown_task_names_the_nearest(trained, monkeypatch):
-    manager = benchmarks.TaskManager
-    monkeypatch.setattr(benchmarks, 'TaskManager', lambda **options: manager(**{**options, 'include_defaults': False}))
+def test_unknown_task_names_the_nearest(trained, own_tasks):
     model, spec, _ = open_model(str(trained / 'out'), '', '')
     with pytest.raises(UserError, match='--tasks=chocie: unknown task; the nearest is choice'):
         Benchmarks('words,chocie', model, spec, Ranks(), CPU, torch.float32, str(trained / 'tasks'))
