@@ -71,25 +71,13 @@ class Benchmarks:
     """Tasks by name, loaded, and the model to judge."""
 
     def __init__(
-        self,
-        tasks,
-        model,
-        spec,
-        ranks,
-        device,
-        dtype,
-        path='',
-        limit=0,
-        shots=-1,
-        chat=False,
-        batch_tokens=8192,
-        key='',
+        self, tasks, model, spec, ranks, device, dtype, path='', limit=0, shots=-1, chat=False, batch_tokens=0, key=''
     ):
         """tasks: names of tasks, groups or tags of lm_eval or in `path`, with commas between; 'core' is ours.
         model: a GPT on the device, perhaps sharded. spec: its tokenizer's. dtype: of products.
         path: a folder of YAML files with tasks of one's own; for 'core' the folder of the evaluation bundle.
         limit: examples per task; 0: all. shots: examples before a question; -1: as the task says.
-        chat: requests as conversations. batch_tokens: per batch, padding included. key: how the script calls `tasks`.
+        chat: requests as conversations. batch_tokens: see HarnessModel. key: how the script calls `tasks`.
 
         UserError for an unknown task, one whose data are missing, or a model without a tokenizer.
         """
@@ -313,8 +301,9 @@ class CoreTask(ConfigurableTask):
 class HarnessModel(TemplateLM):
     """A GPT as lm_eval sees it: texts in, log-likelihoods and texts out."""
 
-    def __init__(self, model, spec, ranks, device, dtype, batch_tokens=8192):
-        """See Benchmarks. lm_eval itself sees a single rank."""
+    def __init__(self, model, spec, ranks, device, dtype, batch_tokens=0):
+        """See Benchmarks. batch_tokens: most tokens per batch, padding included; 0: what suits the device. lm_eval itself
+        sees a single rank."""
         super().__init__()
         if not spec:
             raise UserError('the model comes with no tokenizer, so it cannot be given the text of a benchmark')
@@ -324,7 +313,8 @@ class HarnessModel(TemplateLM):
             sizes = f'{text_vocab_size(spec)} ids, the model {model.config.vocab_size}'
             raise UserError(f'the tokenizer has {sizes}: they do not belong together')
         self.model, self.ranks, self._device, self.dtype = model, ranks, device, dtype
-        self.batch_tokens, self.max_length = batch_tokens, model.config.block_size
+        self.batch_tokens = batch_tokens or (2048 if device.type == 'cpu' else 16384)  # a CPU's caches are small
+        self.max_length = model.config.block_size
         self.interrupted, self.progress, self.template = lambda: False, False, None
         bos = (spec.get('special_tokens') or {}).get('bos_token')
         ids = self.tokenizer.encode(bos, special=True).tolist() if bos else []
