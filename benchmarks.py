@@ -302,8 +302,8 @@ class HarnessModel(TemplateLM):
     """A GPT as lm_eval sees it: texts in, log-likelihoods and texts out."""
 
     def __init__(self, model, spec, ranks, device, dtype, batch_tokens=0):
-        """See Benchmarks. batch_tokens: most tokens per batch, padding included; 0: what suits the device. lm_eval itself
-        sees a single rank."""
+        """See Benchmarks. batch_tokens: most tokens per batch, padding included; 0: what suits the device.
+        lm_eval itself sees a single rank."""
         super().__init__()
         if not spec:
             raise UserError('the model comes with no tokenizer, so it cannot be given the text of a benchmark')
