@@ -135,7 +135,7 @@ def check_meta(meta):
         raise ValueError(f"'vocab_size' must be a positive integer, not {one_line(repr(meta['vocab_size']), 40)}")
     if not is_count(meta.get('window', 1), 1):
         raise ValueError(f"'window' must be a positive integer, not {one_line(repr(meta['window']), 40)}")
-    for key in ('tokens', 'documents', 'supervised'):
+    for key in ('tokens', 'documents', 'supervised', 'conversations'):
         numbers = meta.get(key, {})
         if not isinstance(numbers, dict) or not all(map(is_count, numbers.values())):
             shown = one_line(repr(numbers), 80)

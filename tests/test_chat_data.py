@@ -538,7 +538,9 @@ def test_audit(copy):
     assert result.returncode == 0 and not result.stderr, result.stderr
     meta, tokens, mask, _ = read(copy, 'seen', 'train')
     assert f'{mask.mean():.1%} are learned, {meta["padding"]["train"] / len(tokens):.1%} are padding' in result.stdout
-    assert f'{meta["truncated"]} conversations are cut at the end of a window; 1 without an answer' in result.stdout
+    n = sum(meta['conversations'].values()) + 1
+    shares = f'{meta["truncated"] / n:.1%}) are cut at the end of a window; 1 ({1 / n:.1%}) without an answer'
+    assert f'{meta["truncated"]} ({shares}' in result.stdout
     assert 'with the end of the turn' in result.stdout
     assert result.stdout.count('\ntrain at ') == 2
     shown = [m['content'] for example in meta['examples'][:2] for m in example['messages'] if m['role'] == 'assistant']

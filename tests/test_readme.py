@@ -42,7 +42,7 @@ def test_a_worked_change(clone, change):
 def test_sizes():
     assert len(CHANGES) == 3
     assert len(README.split()) <= 1600
-    assert len((REPO / 'BENCHMARKS.md').read_text(encoding='utf-8').splitlines()) <= 120
+    assert len((REPO / 'BENCHMARKS.md').read_text(encoding='utf-8').splitlines()) <= 140
 
 
 def anchors(document):

@@ -29,8 +29,9 @@ if not name:
     raise UserError('which data set? python data/chat/audit.py NAME, a folder in data/chat')
 data = DataSet(f'chat/{os.path.basename(os.path.normpath(name))}')
 meta = data.meta
-numbers = ('window', 'truncated', 'empty', 'skipped')
-if not all(type(meta.get(key)) is int for key in numbers) or not isinstance(meta.get('examples'), list):
+numbers, kinds = ('window', 'truncated', 'empty', 'skipped'), {'examples': list, 'conversations': dict}
+sound = all(type(meta.get(key)) is int for key in numbers) and all(type(meta.get(k)) is t for k, t in kinds.items())
+if not sound:
     raise UserError(f'{data.path} is not a data set of conversations: make one with data/chat/prepare.py')
 window = meta['window']
 template = ChatTemplate(data.tokenizer)
@@ -65,9 +66,10 @@ for split in ('train', 'val'):
     if not ended:
         warn(f'{split}: no answer ends with a token that ends a turn, so the model does not learn to stop')
     splits[split] = tokens, mask
+n_read = sum(meta['conversations'].values()) + meta['empty'] + meta['skipped']
+truncated, empty, skipped = (f'{meta[key]:,} ({meta[key] / n_read:.1%})' for key in ('truncated', 'empty', 'skipped'))
 print(
-    f'{meta["truncated"]:,} conversations are cut at the end of a window; {meta["empty"]:,} without an answer and '
-    f'{meta["skipped"]:,} unreadable ones were left out'
+    f'{truncated} are cut at the end of a window; {empty} without an answer and {skipped} unreadable ones were left out'
 )
 
 
