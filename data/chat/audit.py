@@ -69,7 +69,8 @@ for split in ('train', 'val'):
 n_read = sum(meta['conversations'].values()) + meta['empty'] + meta['skipped']
 truncated, empty, skipped = (f'{meta[key]:,} ({meta[key] / n_read:.1%})' for key in ('truncated', 'empty', 'skipped'))
 print(
-    f'{truncated} are cut at the end of a window; {empty} without an answer and {skipped} unreadable ones were left out'
+    f'of all conversations {truncated} are cut at the end of a window; {empty} without an answer and {skipped} '
+    'unreadable ones were left out'
 )
 
 
