@@ -8,27 +8,17 @@ import glob
 import hashlib
 import os
 import sys
-import sysconfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # not HERE/../..: data/ may be a link
 from common.errors import UserError
 from configurator import configure
+from data.chat.python_docs import STDLIB, parse
 from data.pipeline import write_dataset
 from data.sources import Documents
 
 configure(globals())
-STDLIB = sysconfig.get_paths()['stdlib']
 NOT_LIBRARY = 'test site-packages dist-packages idlelib lib2to3 pydoc_data'.split()  # folders to skip
-
-
-def parse(path):
-    """Parse a Python file -> its syntax tree, an empty one if that fails."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return ast.parse(file.read())
-    except (OSError, ValueError, SyntaxError):
-        return ast.Module(body=[], type_ignores=[])
 
 
 def manual():
