@@ -4,8 +4,8 @@ A split is one file of little-endian token ids, `train.bin`, or shards, `train_0
 uint16, or uint32 if meta.json says so or the vocabulary needs it. A training sequence is a window of block_size + 1
 consecutive tokens: the inputs, and the same tokens shifted by one as targets.
 
-Beside a split may lie `train_mask.bin`, a byte per token: where it is 0, the token is no target (its place in the
-targets holds -1); and `train_documents.bin`, uint64 offsets of the first token of each document. If meta.json has a
+Beside a split may lie `train_mask.bin`, a byte per token: where it is 0, the token is not a target (its place in
+the targets holds -1); and `train_documents.bin`, uint64 offsets of the first token of each document. If meta.json has a
 "window", whole documents were packed into windows of so many tokens, and sequences start at these alone.
 
 Windows are read from the files, not memory-mapped: mapped pages count as memory of the process, and a long run would

@@ -102,7 +102,7 @@ def write_dataset(
 
 def name_of_data_set(name: str, path: str, parent: str) -> str:
     """The name of a data set in the folder `parent`: that given, or that of the input at `path`. UserError if it is
-    no name for a folder."""
+    not a valid name for a folder."""
     if not name:
         name = os.path.basename(os.path.abspath(path))
         if os.path.isfile(path):

@@ -249,7 +249,7 @@ def test_formats():
         ({'completion': 'a'}, '"prompt" and "completion"'),
         ({'messages': 'a'}, 'a list of messages was expected'),
         ({'messages': []}, 'without messages'),
-        ({'messages': ['a']}, "no object with a role and a text, but 'a'"),
+        ({'messages': ['a']}, "not an object with a role and a text, but 'a'"),
         ({'messages': [{'role': 'tool', 'content': 'a'}]}, "by 'tool': it must be one of system, user"),
         ({'messages': [{'role': ['user'], 'content': 'a'}]}, 'it must be one of'),
         ({'messages': [user(None)]}, 'message 1 must hold a text, not None'),

@@ -75,8 +75,8 @@ def table_rows(path):
 
 
 def messages_of(row: object) -> list[dict]:
-    """The messages of a row, {'role': 'system' | 'user' | 'assistant', 'content': text} each. ValueError if it is none
-    of {'messages': […]}, ShareGPT's {'conversations': […]} and {'prompt': …, 'completion': …}, texts or messages."""
+    """The messages of a row, {'role': 'system' | 'user' | 'assistant', 'content': text} each. ValueError if it is other
+    than {'messages': […]}, ShareGPT's {'conversations': […]} and {'prompt': …, 'completion': …}, texts or messages."""
     row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
     kinds = [key for key in ('messages', 'conversations', 'completion') if key in row]
     if not kinds or 'completion' in row and 'prompt' not in row:
@@ -103,7 +103,7 @@ def as_messages(value, role=None):
 
 def as_message(n, message):
     if not isinstance(message, dict):
-        raise ValueError(f'message {n} is no object with a role and a text, but {one_line(repr(message), 60)}')
+        raise ValueError(f'message {n} is not an object with a role and a text, but {one_line(repr(message), 60)}')
     unread = [key for key in NOT_READ if message.get(key) is not None]
     if unread:
         raise ValueError(f'message {n} has {unread[0]!r}, which is not read here')
