@@ -220,6 +220,8 @@ def check_type(key, value, defaults, where):
         return tuple(text for text in value if text)
     if default is None or type(default) is not tuple and type(value) is type(default):
         return value
+    if default == 'auto' and type(value) is bool:
+        return str(value)  # such as compile = False
     if type(default) is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():

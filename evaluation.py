@@ -29,7 +29,6 @@ class Evaluation:
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
 
-@torch.no_grad()
 def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted=lambda: False) -> Evaluation:
     """The loss of a model in eval mode over batches; its mode is restored. A collective: every rank calls it.
 
@@ -38,6 +37,13 @@ def evaluate(model, batches, ranks, device, dtype, token_bytes=None, interrupted
     interrupted: called after each batch; True, on all ranks, stops early.
     The model is never compiled for this: compiling would take longer than most runs spend in evaluation.
     """
+    # what inference_mode makes can never be trained on, and a sharded model keeps what it gathered
+    with torch.no_grad() if hasattr(model, 'unshard') else torch.inference_mode():
+        return mean_loss(model, batches, ranks, device, dtype, token_bytes, interrupted)
+
+
+def mean_loss(model, batches, ranks, device, dtype, token_bytes, interrupted) -> Evaluation:
+    """evaluate(), where no gradients are recorded."""
     was_training = model.training
     model.eval()
     known = token_bytes is not None

@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from common.attention import attend, document_blocks, flex_pays
 from common.chunked import chunked_sum
-from common.flex import document_blocks, flex, flex_pays
+from common.dropout import Dropout
 from positions import alibi_slopes, rope_angles, rope_frequencies, rotate
 
 POSITIONS = ('learned', 'rope', 'alibi', 'none')
@@ -145,7 +146,7 @@ class CausalSelfAttention(nn.Module):
         norm = HeadNorm if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = (norm(config.head_dim, config.norm_eps, config.qk_gain) for _ in 'qk')
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, mask=None, angles=None, cache=None):
         """x: (B, T, C) -> (B, T, C). mask: from attention_mask. angles: from rope_angles, or None."""
@@ -156,13 +157,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:  # generation: keys and values of the earlier tokens too, see generation.KVCache
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
-        dropout = self.dropout if self.training else 0.0
-        groups = k.size(1) < q.size(1)
-        if mask is None or torch.is_tensor(mask):
-            causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=groups)
-        else:
-            y = flex(q, k, v, mask, groups)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
@@ -175,7 +170,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.mlp_dim * (2 if self.gated else 1), bias=config.bias)
         self.activation = ACTIVATIONS[config.mlp]
         self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)."""
@@ -214,7 +209,7 @@ class GPT(nn.Module):
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.pos == 'learned':
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer.drop = nn.Dropout(config.dropout)
+        self.transformer.drop = Dropout(config.dropout)
         self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

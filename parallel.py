@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import join_alone, waiting_limit
 from common.errors import UserError
+from common.sharded import is_sharded
 from configurator import require
 
 PARALLEL = ('ddp', 'fsdp', 'hsdp')
@@ -95,7 +96,7 @@ def parallelize(model, mesh, config, ranks, device: torch.device, dtype: torch.d
         shard(model, mesh, dtype if device.type == 'cuda' else torch.float32, config['cpu_offload'])
     if any(parameter.is_meta for parameter in model.parameters()):
         buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False) if not b.is_meta]
-        model.to_empty(device='cpu' if config['cpu_offload'] else device)
+        give_memory(model, torch.device('cpu') if config['cpu_offload'] else device)
         model.tie_weights()
         for module, name, buffer in buffers:  # these have values, and are needed where the model computes
             setattr(module, name, buffer.to(device))
@@ -106,6 +107,18 @@ def parallelize(model, mesh, config, ranks, device: torch.device, dtype: torch.d
         devices = [device.index] if device.type == 'cuda' else None
         return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # else it keeps gradients twice
     return model
+
+
+def give_memory(model, device: torch.device):
+    """Give parameters that are on the meta device memory, which nothing fills yet."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        model.to_empty(device=device)
+        return
+    for module in model.modules():  # as to_empty() would, which imports sympy for it: most of a second
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, torch.nn.Parameter(memory, parameter.requires_grad))
 
 
 def modules_to_compile(model, mesh) -> list:

@@ -35,7 +35,8 @@ from parallel import check_parallel, describe_mesh, device_mesh, modules_to_comp
 out_dir = 'out'  # folder for checkpoints and metrics.jsonl
 eval_interval = 2000  # iterations between evaluations, each followed by a save
 log_interval = 1  # iterations between lines of the log
-eval_iters = 200  # batches per evaluation of each split; 0: all of val, and the same number of train batches
+eval_iters = 200  # batches of batch_size sequences per evaluation; 0: all of val
+eval_train = False  # evaluate on as many batches of train too
 eval_tasks = ''  # benchmarks at evaluations too, such as 'lambada_openai,hellaswag', see docs/evaluation.md; '': none
 eval_tasks_every = 1  # at every so many evaluations, and at the last
 eval_tasks_limit = 100  # examples per task; 0: all
@@ -99,13 +100,14 @@ seed = 1337  # of the initial weights, the data order and dropout
 backend = 'auto'  # of communication between ranks: 'nccl', 'gloo'; 'auto': nccl on CUDA, gloo elsewhere
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = True  # compile the model: slow to start, faster to run
+compile = 'auto'  # compile the model: True, False; 'auto': if that saves more time than it takes
 config = configure(globals(), fields=GPTConfig, paths=('out_dir', 'init_from', 'eval_tasks_path'))
 
 counts = 'keep_saves eval_interval log_interval max_skipped_iters block_size vocab_multiple'
 require(config, counts, 'at least 1', lambda v: v >= 1)
 require(config, 'patience target_val_loss eval_iters sample_interval seed', '0 or more', lambda v: 0 <= v < math.inf)
 require(config, 'dropout', 'in [0, 1)', lambda v: 0 <= v < 1)
+require(config, 'compile', 'True, False or auto', lambda v: v in ('True', 'False', 'auto'))
 check_optimizer(config)
 check_lora(config)
 if 'vocab_size' in config.given:
@@ -177,17 +179,15 @@ def try_once():
     loss.backward()
 
 
-if compile and not eval_only:
-    say('compiling the model, this can take a minute (--compile=False skips it) ...')
-    compile_or_stay_eager(modules_to_compile(raw_model, mesh), try_once, must=mesh is not None)
+if compile != 'False' and not eval_only:
+    calls = (max_iters - iter_num) * -(-gradient_accumulation_steps // ranks.world_size) if compile == 'auto' else None
+    compile_or_stay_eager(modules_to_compile(raw_model, mesh), try_once, calls, ranks, must=mesh is not None)
     raw_model.zero_grad(set_to_none=True)
     watch.lap('compilation')
 
 # --- output -----------------------------------------------------------------------------------------------------------
 stop = None if eval_only else StopSignal()  # an evaluation alone has nothing to save
-log, tokenizer = NoTracking(), None
-if sample_interval:
-    tokenizer = tokenizer_of_samples(data)
+log, tokenizer = NoTracking(), tokenizer_of_samples(data) if sample_interval else None
 saver = Saver(out_dir, ranks, mesh is not None, async_save, keep_saves, timeout, iter_num)
 if ranks.is_main and not eval_only:
     prepare_out_dir(out_dir)
@@ -197,10 +197,10 @@ token_bytes = bytes_per_token(data.tokenizer, download=False)  # training needs 
 
 
 def evaluate_splits():
-    """Evaluate on fixed windows of both splits, and on benchmarks when due -> a record for the log."""
+    """Evaluate on fixed windows, and on benchmarks when due -> a record for the log."""
     record = {'iter': iter_num}
-    for split, tokens in splits.items():
-        share = eval_batches(tokens, block_size, batch_size, eval_iters, ranks, device)
+    for split in ('train', 'val') if eval_train else ('val',):
+        share = eval_batches(splits[split], block_size, batch_size, eval_iters, ranks, device)
         result = evaluate(raw_model, share, ranks, device, dtype, token_bytes, lambda: stop and stop.on_any(ranks))
         record[f'{split}/loss'] = result.loss
     if result.bits_per_byte:

@@ -1,5 +1,7 @@
 """Device set-up, precision, seeds, compilation, a stopwatch, and peak FLOPS by device name."""
 
+import ctypes
+import os
 import re
 import sys
 import time
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from common.distributed import Ranks
-from common.errors import UserError, one_line, warn
+from common.errors import UserError, one_line, say, warn
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -42,16 +44,25 @@ PEAK_TFLOPS = {
 VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
 
 
+# Seconds that torch.compile takes, and the share of a step's time that it saves: what one expects before it is tried
+COMPILING = {'cuda': (60, 0.2), 'cpu': (60, 0.05)}
+ALONE = Ranks()
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
+
+
 # --- device and precision ---------------------------------------------------------------------------------------------
 
 
 def set_up_device(device: str, dtype: str, ranks: Ranks | None = None) -> tuple[torch.device, torch.dtype]:
     """Prepare the device of --device= and the dtype of --dtype= -> both as torch has them.
 
-    Selects the GPU and allows TF32 for the whole process. UserError as pick_device and pick_dtype.
+    Selects the GPU and allows TF32 for the whole process; on a CPU keeps freed memory. UserError as pick_device and
+    pick_dtype.
     """
     device = pick_device(device, ranks)
     use_fast_float32(device)
+    if device.type == 'cpu':
+        keep_freed_memory()
     return device, pick_dtype(dtype, device)
 
 
@@ -106,6 +117,20 @@ def use_fast_float32(device: torch.device):
     """Allow TF32 in float32 matrix products on CUDA: several times faster, but the factors keep 10 bits of mantissa."""
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
+
+
+def keep_freed_memory():
+    """Keep the memory that tensors free for the tensors to come, in glibc's allocator, for the whole process.
+
+    By default it goes back to the system, which hands out new pages, filled with zeros, at the next step: up to a
+    fifth of a small model's step. Where environment variables configure the allocator, they decide.
+    """
+    if sys.platform != 'linux' or any(name.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:  # other C libraries lack it
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc accepts: larger tensors still take new pages
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -169,25 +194,33 @@ def seed_all(*key: int):
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def compile_or_stay_eager(modules: list[torch.nn.Module], trial: Callable[[], object], must=False, **options) -> bool:
+def compile_or_stay_eager(modules: list, trial: Callable[[], object], calls=None, ranks=ALONE, must=False, **options):
     """Compile modules in place and run trial(); if that fails, warn and undo the compilation. True if it worked.
 
     trial: calls the modules as they will be used. torch.compile is lazy, so only a call shows whether this machine has
         what it needs: a C++ compiler, Triton, a supported Python.
+    calls: how many calls are to come. Given, the modules are compiled only if that will save more time than it takes,
+        and stay compiled only if they are faster then; one line says what was decided. A collective over `ranks`.
     must: raise UserError if it fails, as ranks that compute a model together cannot each decide for themselves.
     options: of torch.compile.
     """
-    on_cpu = next(modules[0].parameters()).device.type == 'cpu'
-    if torch.__version__.startswith('2.6.') and modules[0].training and on_cpu:
+    device = next(modules[0].parameters()).device
+    if torch.__version__.startswith('2.6.') and modules[0].training and device.type == 'cpu':
         warn(
             'torch 2.6 compiles a wrong embedding gradient on CPUs, continuing without compilation; newer versions work'
         )
         return False
+    if calls is not None:
+        eager = seconds_per_call(trial, device, ranks)
+        takes, saves = COMPILING['cuda' if device.type == 'cuda' else 'cpu']
+        if calls * eager * saves <= takes:
+            say(f'not compiling the model, as this takes longer than it saves in {calls * eager:,.0f} s of training')
+            return False
     try:
+        say('compiling the model, this can take a minute (--compile=False skips it) ...')
         for module in modules:
             module.compile(**options)
         trial()
-        return True
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # compilers, linkers and drivers raise anything
@@ -195,10 +228,36 @@ def compile_or_stay_eager(modules: list[torch.nn.Module], trial: Callable[[], ob
         if must:
             raise UserError(f'torch.compile does not work here, use --compile=False ({cause})') from error
         warn(f'torch.compile does not work here, continuing without ({cause})')
-        for module in modules:
-            module._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
-            module.zero_grad(set_to_none=True)
+        undo_compilation(modules)
         return False
+    if calls is not None:
+        compiled = seconds_per_call(trial, device, ranks)
+        say(f'compiled, it takes {compiled / eager:.2f} of the time')
+        if compiled > eager:
+            undo_compilation(modules)
+            return False
+    return True
+
+
+def undo_compilation(modules: list):
+    """Let modules run as written again, without the gradients of trials."""
+    for module in modules:
+        module._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
+        module.zero_grad(set_to_none=True)
+
+
+def seconds_per_call(trial: Callable[[], object], device: torch.device, ranks: Ranks) -> float:
+    """Seconds that a call of trial() takes, the least of a few, the mean over the ranks: the same on all of them. A
+    collective."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        trial()
+        synchronize(device)
+        times.append(ranks.sum([time.perf_counter() - start])[0] / ranks.world_size)
+        if sum(times) > 10:
+            break
+    return min(times)
 
 
 def uncompiled():

@@ -217,8 +217,9 @@ def evaluation_line(record: dict) -> str:
     """The line of an evaluation, with the bits per byte and the scores on benchmarks if they are known."""
     bits = record.get('val/bits_per_byte')
     scores = {key: value for key, value in record.items() if '/' in key and not key.startswith(('train/', 'val/'))}
+    train = f'train loss {record["train/loss"]:.4f}, ' if 'train/loss' in record else ''
     return (
-        f'step {record["iter"]}: train loss {record["train/loss"]:.4f}, val loss {record["val/loss"]:.4f}'
+        f'step {record["iter"]}: {train}val loss {record["val/loss"]:.4f}'
         f'{"" if bits is None else f", {bits:.4f} bits per byte"}'
         + ''.join(f', {key} {"?" if value is None else f"{value:.4f}"}' for key, value in scores.items())
     )

@@ -7,11 +7,10 @@ dataset = 'chat/python'
 data_order = 'shuffle'
 mask_documents = True  # conversations share windows, but do not see each other
 
-eval_interval = 20
-eval_iters = 8
+eval_interval = 40
+eval_iters = 4
 log_interval = 5
 always_save_checkpoint = False
-compile = False  # for so few steps
 
 # 2 windows x 512 tokens = 1,024 tokens per iteration, 3 minutes on two CPU cores
 block_size = 512

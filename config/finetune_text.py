@@ -7,11 +7,10 @@ init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 dataset = 'text/shakespeare'
 data_order = 'shuffle'
 
-eval_interval = 20
-eval_iters = 8
+eval_interval = 40
+eval_iters = 4
 log_interval = 5
 always_save_checkpoint = False
-compile = False  # for so few steps
 
 # 4 sequences x 256 tokens = 1,024 tokens per iteration, 3 minutes on two CPU cores
 block_size = 256

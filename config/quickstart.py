@@ -2,7 +2,7 @@
 # the speedruns (docs/LOG.md).
 import torch
 
-eval_interval = 125
+eval_interval = 250
 log_interval = 25
 eval_iters = 20
 gradient_accumulation_steps = 1
@@ -26,4 +26,3 @@ else:  # 0.80M
     n_layer, n_head, n_embd, block_size, batch_size, dropout, max_iters = 4, 2, 128, 64, 24, 0.0, 1000
 lr_decay_iters = max_iters
 cooldown_iters = int(0.8 * max_iters)
-compile = torch.cuda.is_available()  # elsewhere, compiling takes longer than it saves in so short a run

@@ -28,4 +28,3 @@ beta2 = 0.99
 warmup_iters = 100
 
 device = 'cpu'
-compile = False  # compiling pays off only in longer runs

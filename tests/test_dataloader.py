@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CHARS, TINY, metrics, run_forked, run_forked_ok, train_on_ranks, write_data
 
+import dataloader
 from common.distributed import Ranks
 from common.errors import UserError
 from dataloader import DataSet, Tokens, TrainBatches, eval_batches, read_meta, text_checksum, unpickle
@@ -230,20 +231,28 @@ def test_shards_are_one_array(tmp_path, counting):
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
-def test_evaluation_windows(counting, world_size):
+def test_evaluation_windows(counting, world_size, monkeypatch):
+    """However many are batched together."""
+
     def windows(n_batches):
-        rows = []
+        rows, shapes = [], []
         for rank in range(world_size):
-            for x, y, _ in eval_batches(counting, 10, 8, n_batches, Ranks(rank, rank, world_size), CPU):
-                assert x.shape == y.shape == (8, 10)
+            batches = list(eval_batches(counting, 10, 8, n_batches, Ranks(rank, rank, world_size), CPU))
+            shapes.append([x.shape for x, *_ in batches])
+            for x, y, _ in batches:
+                assert x.shape == y.shape and x.numel() <= dataloader.EVAL_TOKENS
                 real = (y >= 0).all(1)
                 assert (y[~real] == -1).all() and torch.equal(y[real], x[real] + 1)
                 rows += x[real, 0].tolist()
+        assert shapes == shapes[:1] * world_size  # ranks that compute a model together
         return sorted(rows)
 
-    assert windows(1000) == list(range(0, 1000, 10))  # more than the split has: all of it, once
     few = windows(3)
-    assert len(few) == 24 and few == windows(3)
+    for size in (10, 70, 80, 10**6):
+        monkeypatch.setattr(dataloader, 'EVAL_TOKENS', size)
+        assert windows(1000) == list(range(0, 1000, 10))  # more than the split has: all of it, once
+        assert few == windows(3)
+    assert len(few) == 24
     assert max(few) > 900 and {b - a for a, b in zip(few, few[1:])} <= {40, 50}  # spread evenly
 
 
@@ -504,7 +513,8 @@ def test_packed_windows(tmp_path, order):
     taken = [x[0].item() for _ in range(8) for x in batches.next()[0]]
     assert all(at % 10 == 0 for at in taken)
     assert order == 'random' or sorted(taken) == list(range(0, 400, 10))
-    assert [x[0, 0].item() for x, *_ in eval_batches(tokens, 10, 1, 1000, Ranks(), CPU)] == list(range(0, 400, 10))
+    (x, *_), *none = eval_batches(tokens, 10, 1, 1000, Ranks(), CPU)
+    assert x[:, 0].tolist() == list(range(0, 400, 10)) and not none
     with pytest.raises(UserError, match='is packed into windows of 10 tokens: use --block_size=10'):
         TrainBatches(tokens, 8, 5, 4, 7, order, Ranks(), CPU)
     np.arange(400, dtype='<u2').tofile(tmp_path / 'train.bin')  # the last window lacks its last target

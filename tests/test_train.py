@@ -181,9 +181,8 @@ def test_evaluation_is_repeatable_and_changes_nothing(workspace):
     assert first == second
     assert f'val loss {metrics(workspace / "often")[1][-1]["val/loss"]:.4f}' in first
     assert before == {path: path.read_bytes() for path in (workspace / 'often').iterdir()}
-    assert 'step 0: train loss' in run_forked_ok(
-        'train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', cwd=workspace
-    )
+    line = run_forked_ok('train.py', *TINY, '--out_dir=nowhere', '--eval_only=True', '--eval_train=True', cwd=workspace)
+    assert 'step 0: train loss' in line and ', val loss' in line
     assert not (workspace / 'nowhere').exists()
 
 
@@ -443,7 +442,7 @@ def test_finetuning_a_pretrained_gpt2(workspace):
         '--warmup_iters=0',
         '--decay_lr=False',
     ]
-    assert 'step 0: train loss' in run_forked_ok('train.py', *arguments, '--eval_only=True', cwd=workspace)
+    assert 'step 0: val loss' in run_forked_ok('train.py', *arguments, '--eval_only=True', cwd=workspace)
     run_forked_ok('train.py', *arguments, '--max_iters=3', cwd=workspace)
     raw = torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)
     ReferenceGPT(**raw['model_args']).load_state_dict(raw['model'])

@@ -3,6 +3,7 @@
 python tools/plot.py --runs=out-a,out-b --output=loss.png --title="Two learning rates"
 """
 
+import math
 import os
 import sys
 
@@ -33,7 +34,7 @@ def read_run(folder):
     with user_errors(OSError, where=f'cannot read {path}, train first or check --runs: '):
         records = read_metrics(path)
     iterations = [r for r in records if None not in (r.get('loss'), r.get('time_ms'))]
-    evaluations = [r for r in records if None not in (r.get('train/loss'), r.get('val/loss'))]
+    evaluations = [r for r in records if r.get('val/loss') is not None]
     if not iterations and not evaluations:
         raise UserError(f'{path} holds no losses yet: train on')
     return iterations, evaluations
@@ -69,8 +70,10 @@ for n, folder in enumerate(folders):
     losses = [r['loss'] for r in iterations]
     axes.plot(iteration_x, losses, color=color, alpha=0.3, linewidth=0.8, label=f'batch of a logged iteration{name}')
     if evaluations:
-        train, val = ([r[key] for r in evaluations] for key in ('train/loss', 'val/loss'))
-        axes.plot(evaluation_x, train, color=color, linestyle='--', label=f'train{name}')
+        train, val = ([r.get(key) for r in evaluations] for key in ('train/loss', 'val/loss'))
+        if any(loss is not None for loss in train):  # --eval_train=True
+            train = [math.nan if loss is None else loss for loss in train]
+            axes.plot(evaluation_x, train, color=color, linestyle='--', label=f'train{name}')
         label = f'val (lowest {min(val):.4f}){name}'
         axes.plot(evaluation_x, val, color=color, marker='o', markersize=3, label=label)
 save_figure(axes, output)
