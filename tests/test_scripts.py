@@ -291,7 +291,8 @@ def test_bench_of_decoding(tmp_path, baseline):
         assert words in output
 
 
-def test_speedrun(workspace, forked_runs):
+def test_comparing_recipes(workspace, forked_runs):
+    """Two recipes, of which one reaches the target, then a command in the baseline's place."""
     (workspace / 'recipe.py').write_text("""
 dataset, device, compile = 'tiny', 'cpu', False
 n_layer, n_head, n_embd, block_size = 1, 2, 32, 16
@@ -304,18 +305,37 @@ learning_rate = 1e-4
         arguments = ['--baseline=recipe.py', f'--contender={contender}', *arguments]
         return run_forked('tools/compare.py', *arguments, cwd=workspace)
 
+    def table(output):
+        """The cells of each row."""
+        return [[cell.strip() for cell in line.split('|')[1:-1]] for line in output.splitlines() if line[:1] == '|']
+
     contender = 'recipe.py --learning_rate=1e-2 --max_iters=20'
     result = compare('--target=3.25', '--seeds=2', contender=contender)
     assert result.returncode == 0, result.stderr
-    assert 'baseline, recipe.py: 0 of 2 at 3.25' in result.stdout
-    assert f'contender, {contender}: 2 of 2' in result.stdout
-    assert result.stdout.count('time of the contender over that of the baseline') == 2
+    assert result.stdout.count('compiles nothing: the same run') == 4 and 'not at 3.25 after 12' in result.stdout
+    header, _, slow, fast, ratios = table(result.stdout)
+    assert {len(row) for row in table(result.stdout)} == {7} and header[6] == 'training alone'
+    assert slow[:3] == ['`recipe.py`', '0 of 2 at 3.25', '12 (12 to 12)'] and slow[4] == slow[5] != slow[6]
+    assert fast[:2] == [f'`{contender}`', '2 of 2 at 3.25'] and int(fast[2].split()[0]) < 20, 'stops at the target'
+    assert all(re.fullmatch(r'[\d.]+ \([\d.]+ to [\d.]+\)', ratio) for ratio in ratios[4:])
     assert (workspace / 'out-speedrun' / 'speedrun.png').read_bytes().startswith(b'\x89PNG')
-    for argument, words in (
-        ('--target=9', '--target=9.0: recipe.py reaches it before its first iteration'),
-        ('--baseline=recipe.py --eval_only=True', 'trained nothing'),
+
+    lines = ''.join(f'echo step {n}: train loss 1.0, val loss {loss}; ' for n, loss in ((0, 4.0), (250, 3.1)))
+    command = f'{lines} touch {{seed}}; mkdir -p $TORCHINDUCTOR_CACHE_DIR; echo $TORCHINDUCTOR_CACHE_DIR >> folders'
+    result = compare('--target=3.25', '--seeds=1', f'--command={command}', contender=contender)
+    assert result.returncode == 0, result.stderr
+    theirs = table(result.stdout)[2]
+    assert theirs[1:4] == ['1 of 1 at 3.25', '250 (250 to 250)', '3.1000 (3.1000 to 3.1000)']
+    assert theirs[6] == table(result.stdout)[4][6] == 'unknown' and (workspace / '1337').exists()
+    cold, warm = (workspace / 'folders').read_text().split()
+    assert cold == warm and not os.path.exists(cold), 'the same cache, which was removed'
+    for arguments, words in (
+        (['--target=9'], '--target=9.0: train.py recipe.py reaches it before its first iteration'),
+        (['--baseline=recipe.py --eval_only=True'], 'trained nothing'),
+        (['--command=echo hello'], 'echo hello printed no line such as'),
+        (['--command=echo too bad; exit 3'], 'ended with status 3: too bad'),
     ):
-        result = compare('--seeds=1', argument)
+        result = compare('--seeds=1', *arguments)
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1, result.stderr
 
 
