@@ -82,7 +82,7 @@ class Run(NamedTuple):
 
 # --- run --------------------------------------------------------------------------------------------------------------
 def train(name, seed, cache):
-    """Run the baseline or the contender once -> Run. cache: folder for what is compiled. UserError if it fails."""
+    """Run the baseline or the contender once -> Run. cache: as in timed(). UserError if it fails."""
     folder = os.path.join(out_dir, f'{name}-{seed}')
     foreign = bool(command) and name == 'baseline'
     if foreign:
@@ -115,10 +115,11 @@ def train(name, seed, cache):
 def timed(process, cache):
     """Run a process -> (its seconds, its exit status, [(seconds since its start, line that it printed)]).
 
-    process: its arguments, or a command of the shell. cache: folder for what it compiles; made if it compiles anything.
+    process: its arguments, or a command of the shell. cache: a folder for what torch compiles, made if it does.
     """
-    caches = {'TORCHINDUCTOR_CACHE_DIR': cache, 'TRITON_CACHE_DIR': os.path.join(cache, 'triton')}
-    env = {**os.environ, **caches, 'PYTHONUNBUFFERED': '1'}  # lines come when they are printed
+    temporary = os.path.dirname(cache)  # torch keeps compiled C++ headers there, whatever its cache
+    caches = {'TORCHINDUCTOR_CACHE_DIR': cache, 'TRITON_CACHE_DIR': os.path.join(cache, 'triton'), 'TMPDIR': temporary}
+    env = {**os.environ, **caches, 'PYTHONUNBUFFERED': '1'}  # lines arrive as they are printed
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'errors': 'replace'}
     start = time.perf_counter()
     with subprocess.Popen(process, shell=isinstance(process, str), env=env, **pipes) as running:
@@ -128,16 +129,18 @@ def timed(process, cache):
 
 runs = {name: {'cold': [], 'warm': []} for name in recipes}
 for seed in range(first_seed, first_seed + seeds):
-    with tempfile.TemporaryDirectory() as caches:
+    with tempfile.TemporaryDirectory() as folder:
         for state in ('cold', 'warm'):
             for name in recipes:
-                cache, results = os.path.join(caches, name), runs[name]
+                cache, results = os.path.join(folder, name, 'compiled'), runs[name]
+                os.makedirs(os.path.dirname(cache), exist_ok=True)
                 compiles = state == 'cold' or os.path.exists(cache)
                 run = train(name, seed, cache) if compiles else results['cold'][-1]
                 results[state].append(run)
+                training = '' if math.isnan(run.training) else f', {run.training:.2f}s of it training'
                 print(
                     f'{name}, seed {seed}, {state}{"" if compiles else " (compiles nothing: the same run)"}: '
-                    f'{run.seconds:.2f}s, {run.training:.2f}s of it training; {"" if run.reached else "not "}at '
+                    f'{run.seconds:.2f}s{training}; {"" if run.reached else "not "}at '
                     f'{target} after {run.iters} iterations, {run.loss:.4f} at the end',
                     flush=True,
                 )
