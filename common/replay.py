@@ -92,9 +92,9 @@ class OwnWork:
                 asked.clear()
                 with self.context():
                     output = type(call.module).forward(call.module, *call.args, **call.keywords)
-                results = [value for value in (*asked, output) if value.grad_fn is not None]
-                if results and sources:
-                    torch.autograd.grad(results, sources, [self.gradient(x) for x in results], allow_unused=True)
+                ends = [value for value in (*asked, output) if value.grad_fn is not None]
+                if ends and sources:
+                    torch.autograd.grad(ends, sources, [self.gradient(end) for end in ends], allow_unused=True)
 
     def gradient(self, like):
         """A random gradient for a tensor, always the same."""

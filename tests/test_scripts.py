@@ -268,18 +268,31 @@ DECODE = """
 """.split()
 
 
+def parts(output):
+    """The parts of a step that bench.py printed -> {kind: share of the step in percent}."""
+    return {
+        kind: float(share) for kind, share in re.findall(r'^  (\S.*?) +-?[\d.]+ms +(-?[\d.]+)%', output, re.MULTILINE)
+    }
+
+
 @pytest.mark.parametrize('real', [True, False])
 def test_bench(workspace, real):
     output = run_forked_ok('bench.py', *BENCH, f'--real_data={real}', f'--profile={real}', cwd=workspace)
-    for words in ('tokens/s', 'mfu unknown', 'peak memory', 'time per step: median'):
+    for words in ('tokens/s', '% of peak (', 'peak memory', 'time per step: median'):
         assert words in output
+    kinds = {'linear layers', 'attention', 'activation', 'norms', 'embeddings', 'residual sums', 'head', 'loss'}
+    rest = {'clipping', 'optimizer', 'everything else, such as the host'}
+    assert parts(output).keys() == kinds | rest and sum(parts(output).values()) == pytest.approx(100, abs=1)
+    assert output.count('GFLOP/s') == 2, 'of the linear layers and of the head'
     if real:
         assert 'aten::' in output and json.loads((workspace / 'trace.json').read_text())['traceEvents']
     else:
-        assert 'not prepared' in run_forked_ok('bench.py', *BENCH, '--dataset=absent', cwd=workspace)
-        modern = '--pos=rope --norm=rmsnorm --mlp=relu2 --qk_norm=True --optimizer=muon --baseline=eager'.split()
-        output = run_forked_ok('bench.py', *BENCH, '--real_data=False', *modern, cwd=workspace)
-        assert 'eager time per step' in output and 'of the time of eager' in output and output.count('GFLOP/s') == 2
+        output = run_forked_ok('bench.py', *BENCH, '--dataset=absent', '--breakdown=False', cwd=workspace)
+        assert 'not prepared' in output and not parts(output)
+        modern = '--pos=rope --norm=rmsnorm --mlp=relu2 --qk_norm=True --optimizer=muon --dropout=0.1'.split()
+        output = run_forked_ok('bench.py', *BENCH, '--real_data=False', '--baseline=eager', *modern, cwd=workspace)
+        assert 'eager time per step' in output and 'of the time of eager' in output and output.count('% of peak (') == 2
+        assert parts(output).keys() == kinds | rest | {'dropout'}
 
 
 @pytest.mark.parametrize('baseline', ['recompute', 'transformers'])
