@@ -33,7 +33,7 @@ from common.device import (
     synchronize,
 )
 from common.distributed import Ranks
-from common.errors import UserError, user_errors
+from common.errors import UserError, user_errors, warn
 from common.replay import OwnWork, record_calls
 from configurator import configure, require
 from dataloader import DataSet, TrainBatches, dataset_name
@@ -158,7 +158,10 @@ def bench_training():
 
     peak = report_training(times, model.flops_per_token() * batch_size * block_size, contenders, onednn)
     if breakdown:
-        report_parts(model, opt, step, next_batch, peak)
+        try:
+            report_parts(model, opt, step, next_batch, peak)
+        except torch.OutOfMemoryError:  # it keeps the activations of one step while others run
+            warn('the memory does not suffice for the parts of a step; --breakdown=False leaves them out')
     if profile:
         write_profile(lambda: step(next_batch()))
 
