@@ -83,18 +83,19 @@ class OwnWork:
 
     def __init__(self, calls: list[Call], context: Callable):
         self.calls, self.context = calls, context
-        self.sources = [call.sources() for call in calls]
+        self.sources = [tensor for call in calls for tensor in call.sources()]
         self.gradients = {}  # random ones, by shape and type
 
     def __call__(self):
         with answers(self.calls) as asked:
-            for call, sources in zip(self.calls, self.sources):
-                asked.clear()
+            outputs = []
+            for call in self.calls:
                 with self.context():
-                    output = type(call.module).forward(call.module, *call.args, **call.keywords)
-                ends = [value for value in (*asked, output) if value.grad_fn is not None]
-                if ends and sources:
-                    torch.autograd.grad(ends, sources, [self.gradient(end) for end in ends], allow_unused=True)
+                    outputs.append(type(call.module).forward(call.module, *call.args, **call.keywords))
+        ends = [tensor for tensor in (*asked, *outputs) if tensor.grad_fn is not None]  # where their own work ends
+        if ends and self.sources:  # all backward passes in one, as each start of it would take some microseconds
+            gradients = [self.gradient(end) for end in ends]
+            torch.autograd.grad(ends, self.sources, gradients, allow_unused=True)
 
     def gradient(self, like):
         """A random gradient for a tensor, always the same."""

@@ -334,7 +334,7 @@ learning_rate = 1e-4
     assert (workspace / 'out-speedrun' / 'speedrun.png').read_bytes().startswith(b'\x89PNG')
 
     lines = ''.join(f'echo step {n}: train loss 1.0, val loss {loss}; ' for n, loss in ((0, 4.0), (250, 3.1)))
-    command = f'{lines} touch {{seed}}; mkdir -p $TORCHINDUCTOR_CACHE_DIR; echo $TORCHINDUCTOR_CACHE_DIR >> folders'
+    command = f'{lines} c=$TORCHINDUCTOR_CACHE_DIR; mkdir -p $c; touch {{seed}} $c/compiled; echo $c >> folders'
     result = compare('--target=3.25', '--seeds=1', f'--command={command}', contender=contender)
     assert result.returncode == 0, result.stderr
     theirs = table(result.stdout)[2]

@@ -115,7 +115,7 @@ def train(name, seed, cache):
 def timed(process, cache):
     """Run a process -> (its seconds, its exit status, [(seconds since its start, line that it printed)]).
 
-    process: its arguments, or a command of the shell. cache: a folder for what torch compiles, made if it does.
+    process: its arguments, or a command of the shell. cache: a folder for what torch compiles; made when needed.
     """
     temporary = os.path.dirname(cache)  # torch keeps compiled C++ headers there, whatever its cache
     caches = {'TORCHINDUCTOR_CACHE_DIR': cache, 'TRITON_CACHE_DIR': os.path.join(cache, 'triton'), 'TMPDIR': temporary}
@@ -134,7 +134,7 @@ for seed in range(first_seed, first_seed + seeds):
             for name in recipes:
                 cache, results = os.path.join(folder, name, 'compiled'), runs[name]
                 os.makedirs(os.path.dirname(cache), exist_ok=True)
-                compiles = state == 'cold' or os.path.exists(cache)
+                compiles = state == 'cold' or any(files for _, _, files in os.walk(cache))
                 run = train(name, seed, cache) if compiles else results['cold'][-1]
                 results[state].append(run)
                 training = '' if math.isnan(run.training) else f', {run.training:.2f}s of it training'
@@ -164,7 +164,8 @@ def spread(values, digits, unit=''):
 
 ratios = [[b / a for a, b in zip(*pair)] for pair in zip(measures('baseline'), measures('contender'))]
 for measure, values in zip(MEASURES, ratios):
-    print(f'contender / baseline, {measure}: {", ".join(f"{value:.3f}" for value in values)}')
+    known = 'unknown' if math.isnan(values[0]) else ', '.join(f'{value:.3f}' for value in values)
+    print(f'contender / baseline in each turn, {measure}: {known}')
 print()
 print('| | ' + ' | '.join(('runs at the target', 'iterations', 'validation loss at the end', *MEASURES)) + ' |')
 print('| --- | --- | --- | --- | --- | --- | --- |')
