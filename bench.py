@@ -1,6 +1,6 @@
 """Time a training step, or text generation.
 
-python bench.py                                          a step of GPT-2 124M at block 1024, batch 12
+python bench.py                                          a step of GPT-2 124M, block 1024, batch 12, and its parts
 python bench.py --profile=True                           also the most expensive operators, and a trace to look at
 python bench.py --baseline=eager                         also, taking turns, the plain step: not compiled, no oneDNN
 python bench.py config/train_shakespeare_char.py         a step of a recipe's model, of one micro-batch
@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,13 +33,14 @@ from common.device import (
     synchronize,
 )
 from common.distributed import Ranks
-from common.errors import UserError, user_errors
+from common.errors import UserError, user_errors, warn
+from common.replay import OwnWork, record_calls
 from configurator import configure, require
 from dataloader import DataSet, TrainBatches, dataset_name
 from formats.huggingface import to_hugging_face
 from generation import Context, Sample, Sampling, generate, window_start
 from loading import model_vocab_size
-from model import GPT, GPTConfig
+from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
 from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless
 from parallel import CHECKPOINTING, checkpoint_activations
 
@@ -52,6 +54,7 @@ dataset = 'openwebtext'  # folder below data/
 warmup_steps = 3  # steps before the clock starts
 steps = 20  # steps to time
 max_seconds = 60.0  # stop timing after this time; at least one step is timed
+breakdown = True  # also time each kind of work alone: products, attention, norms, loss, optimizer, as long again
 profile = False  # also profile a few steps: print the most expensive operators, write a trace
 trace_file = 'trace.json'  # the profile's trace, for ui.perfetto.dev or chrome://tracing
 seed = 1337  # of weights and data
@@ -115,17 +118,29 @@ def in_mib(n_bytes):
 
 
 # --- a training step --------------------------------------------------------------------------------------------------
+KINDS = {  # what a module computes itself; any other goes by the name of its class
+    torch.nn.Linear: 'linear layers',
+    torch.nn.Embedding: 'embeddings',
+    torch.nn.LayerNorm: 'norms',
+    torch.nn.RMSNorm: 'norms',
+    torch.nn.Dropout: 'dropout',
+    CausalSelfAttention: 'attention',
+    MLP: 'activation',
+    Block: 'residual sums',
+}
+
+
 def bench_training():
-    """Time training steps and print their median; profile a few if asked to."""
+    """Time training steps and print their median, and what they are made of; profile a few if asked to."""
     onednn = use_onednn_products(device, block_size)
     if profile:
         with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
             pass  # fail before the time is spent
-    step, flops = make_step(compile)
+    model, opt, step = make_step(compile)
     contenders = {'': (step, nullcontext)}  # name -> step, and the context to run it in
     if baseline:
         with torch_products():
-            contenders[baseline] = make_step(compiled=False)[0], torch_products
+            contenders[baseline] = make_step(compiled=False)[-1], torch_products
     next_batch = make_batches()
 
     for n in range(warmup_steps):
@@ -141,13 +156,19 @@ def bench_training():
             times[name].append(seconds)
             print(f'{n + 1}/{steps}: {prefix(name)}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
 
-    report_training(times, flops, onednn)
+    peak = report_training(times, model.flops_per_token() * batch_size * block_size, contenders, onednn)
+    if breakdown:
+        try:
+            report_parts(model, opt, step, next_batch, peak)
+        except torch.OutOfMemoryError:  # it keeps the activations of one step while others run
+            warn('the memory does not suffice for the parts of a step; --breakdown=False leaves them out')
     if profile:
         write_profile(lambda: step(next_batch()))
 
 
 def make_step(compiled):
-    """A new model's training step -> (function from a batch (x, y) to its loss, a float; the step's FLOPs)."""
+    """A new model's training step -> the model, its optimizer, and a function from a batch (x, y) to its loss, a float,
+    that makes one step."""
     seed_all(seed)
     model = GPT(model_config).to(device).train()
     checkpoint_activations(model, activation_checkpointing)
@@ -160,7 +181,7 @@ def make_step(compiled):
             loss = model(*batch, with_logits=False)[1]
         scaler.scale(loss).backward()
         scaler.unscale_(opt)
-        clip_gradients(parameters, 1.0)
+        clip_gradients(parameters, config.recipe['grad_clip'])
         step_unless(torch.zeros((), dtype=torch.bool, device=device), opt)
         scaler.update()
         opt.zero_grad()
@@ -174,7 +195,7 @@ def make_step(compiled):
         batch = torch.zeros(2, batch_size, block_size, dtype=torch.long, device=device)
         compile_or_stay_eager([model], lambda: step(batch))
         print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
-    return step, model.flops_per_token() * batch_size * block_size
+    return model, opt, step
 
 
 def make_batches():
@@ -192,31 +213,40 @@ def make_batches():
 def time_step(step, products, next_batch):
     """One training step on the next batch, in the context products() -> (its loss, seconds)."""
     with products():
-        synchronize(device)
-        start = time.perf_counter()
-        loss = step(next_batch())
-        synchronize(device)
-        return loss, time.perf_counter() - start
+        return timed(lambda: step(next_batch()))
 
 
-def report_training(times, flops, onednn):
-    """Print what the steps took.
+def timed(work):
+    """Call work() -> (what it returned, seconds until the device had finished it)."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def report_training(times, flops, contenders, onednn):
+    """Print what the steps took -> the peak FLOP/s that our own is compared with, None if unknown.
 
     times: {contender: seconds of each step}
     flops: of one step
+    contenders: {contender: (step, products)}
     onednn: whether oneDNN computes our float32 products
     """
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    device_peak = peak_flops(device, dtype)
+    peaks = {}
     for name, seconds in times.items():
-        median = medians[name]
+        median = statistics.median(seconds)
+        with contenders[name][1]():
+            peaks[name] = product_flops() if device.type == 'cpu' else peak_flops(device, dtype)
+        library = 'oneDNN' if onednn and not name else 'torch'
+        source = f"of {library}'s product of 2048 x 2048" if device.type == 'cpu' else 'by the data sheet'
         print(
             f'{prefix(name)}time per step: median {1000 * median:.2f}ms, '
             f'from {1000 * min(seconds):.2f} to {1000 * max(seconds):.2f} over {len(seconds)} steps'
         )
-        mfu = f'{100 * flops / median / device_peak:.1f}%' if device_peak else 'unknown'
         print(
-            f'{batch_size * block_size / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+            f'{batch_size * block_size / median:,.0f} tokens/s, {flops / median / 1e12:.3f} TFLOP/s, '
+            f'{share_of(peaks[name], flops / median, source)}, '
             f'peak memory {in_mib(peak_memory(device))}{" of both" if baseline else ""}'
         )
     if baseline:
@@ -224,16 +254,14 @@ def report_training(times, flops, onednn):
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
         middle = f'the middle half of the pairs: {low:.2f} to {high:.2f}'
         print(f'{statistics.median(ratios):.2f} of the time of {baseline} ({middle})')
-    if device.type == 'cpu':  # its peak is unknown: compare with a large product, computed by each library
-        with torch_products():
-            peaks = {'torch itself': product_flops()}
-        if onednn and dtype == torch.float32:  # other dtypes go to oneDNN anyway
-            peaks['oneDNN'] = product_flops()
-        for name, median in medians.items():
-            shares = ', '.join(
-                f'{100 * flops / median / peak:.0f}% of {peak / 1e9:.0f} ({library})' for library, peak in peaks.items()
-            )
-            print(f'{prefix(name)}share of the GFLOP/s of a 2048 x 2048 matrix product: {shares}')
+    return peaks['']
+
+
+def share_of(peak, flops, source=''):
+    """'57.1% of peak (0.455 TFLOP/s …)' for FLOP/s and the peak, which may be None."""
+    if not peak:
+        return 'share of peak unknown'
+    return f'{100 * flops / peak:.1f}% of peak' + (f' ({peak / 1e12:.3f} TFLOP/s {source})' if source else '')
 
 
 def product_flops():
@@ -245,6 +273,71 @@ def product_flops():
         a @ b
         times.append(time.perf_counter() - start)
     return 2 * 2048**3 / min(times)
+
+
+def parts_of_step(model, opt, batch):
+    """The work of a step by kind -> {kind: function that does all of it once}, {kind: its FLOPs in matrix products}.
+
+    Call them while the parameters have gradients.
+    """
+    x, y = batch
+    precision = partial(autocast, device, dtype)
+    with precision():
+        calls = record_calls(model, lambda: model.forward(x, y, with_logits=False))  # as written: not compiled
+    kinds, flops = {}, {}
+    for call in calls:
+        known = (kind for cls, kind in KINDS.items() if isinstance(call.module, cls))
+        kind = 'head' if call.module is model.lm_head else next(known, type(call.module).__name__)
+        kinds.setdefault(kind, []).append(call)
+        if isinstance(call.module, torch.nn.Linear):  # forward, and the gradients of input and weight
+            flops[kind] = flops.get(kind, 0) + 6 * call.args[0].numel() * call.module.out_features
+    shapes = [call.args[0].shape for call in kinds['head']]  # (..., C); several if the loss is computed in chunks
+    logits = {shape: torch.randn(*shape[:-1], vocab_size, device=device, dtype=dtype) for shape in shapes}
+
+    def loss():
+        for shape in shapes:
+            leaf = logits[shape].requires_grad_()
+            with precision():
+                value = model.summed_loss(leaf, y.flatten()[: shape[:-1].numel()])
+            torch.autograd.grad(value, leaf)
+
+    parameters, never = list(model.parameters()), torch.zeros((), dtype=torch.bool, device=device)
+    parts = {kind: OwnWork(calls, precision) for kind, calls in kinds.items()}
+    parts['loss'] = loss
+    parts['clipping'] = lambda: clip_gradients(parameters, config.recipe['grad_clip'])
+    parts['optimizer'] = lambda: step_unless(never, opt)
+    return parts, flops
+
+
+def report_parts(model, opt, step, next_batch, peak):
+    """Time each kind of work alone, in turns with whole steps, and print its share of them. peak: FLOP/s or None."""
+    parts, flops = parts_of_step(model, opt, next_batch())
+    gradients = [(parameter, torch.randn_like(parameter)) for parameter in model.parameters()]
+    times = {kind: [] for kind in ('step', *parts)}  # seconds
+    for n in range(1 + steps):
+        if n > 1 and sum(map(sum, times.values())) >= max_seconds:
+            break
+        opt.zero_grad()
+        times['step'].append(timed(lambda: step(next_batch()))[1])
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for kind, work in parts.items():
+            times[kind].append(timed(work)[1])
+
+    medians = {kind: statistics.median(seconds[1:]) for kind, seconds in times.items()}  # the first round warms up
+    whole = medians.pop('step')
+    print(
+        f'parts of a step of {1000 * whole:.2f}ms: each kind of work done alone, forward and backward, as model.py has '
+        f'it, in turns with whole steps (medians of {len(times["step"]) - 1})'
+    )
+    medians = dict(sorted(medians.items(), key=lambda item: -item[1]))
+    medians['everything else, such as the host'] = whole - sum(medians.values())
+    for kind, median in medians.items():
+        rate = flops.get(kind, 0) / median
+        speed = f', {rate / 1e9:,.0f} GFLOP/s, {share_of(peak, rate)}' if rate else ''
+        print(f'  {kind:<34}{1000 * median:>10.2f}ms {100 * median / whole:>6.1f}%{speed}')
+    if model._compiled_call_impl:
+        print('  compiled, the step fuses kinds of work: what that saves lowers everything else, even below 0')
 
 
 def write_profile(step):

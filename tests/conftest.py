@@ -1,6 +1,7 @@
 """What the tests share: running the scripts as a user does, and tiny data sets to run them on."""
 
 import importlib
+import io
 import json
 import os
 import runpy
@@ -276,13 +277,27 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def forked_runs(monkeypatch):
-    """Let subprocess.run, called by a script, run other scripts in forks rather than in processes of their own."""
+    """Let subprocess.Popen, called by a script, run other scripts in forks rather than in processes of their own."""
+    popen = subprocess.Popen
 
-    def run(command, **_):
-        _, script, *arguments = command
-        return Forked(script, *arguments, cwd=os.getcwd(), name='.inner').result()
+    class ForkedPopen:
+        """What tools/compare.py uses of a Popen whose standard error goes where its standard output goes."""
 
-    monkeypatch.setattr(subprocess, 'run', run)
+        def __init__(self, command):
+            _, script, *arguments = command
+            result = Forked(script, *arguments, cwd=os.getcwd(), name='.inner').result()
+            self.returncode, self.stdout = result.returncode, io.StringIO(result.stdout + result.stderr)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def start(command, **options):
+        return ForkedPopen(command) if command[0] == sys.executable else popen(command, **options)
+
+    monkeypatch.setattr(subprocess, 'Popen', start)
 
 
 @pytest.fixture

@@ -268,18 +268,31 @@ DECODE = """
 """.split()
 
 
+def parts(output):
+    """The parts of a step that bench.py printed -> {kind: share of the step in percent}."""
+    return {
+        kind: float(share) for kind, share in re.findall(r'^  (\S.*?) +-?[\d.]+ms +(-?[\d.]+)%', output, re.MULTILINE)
+    }
+
+
 @pytest.mark.parametrize('real', [True, False])
 def test_bench(workspace, real):
     output = run_forked_ok('bench.py', *BENCH, f'--real_data={real}', f'--profile={real}', cwd=workspace)
-    for words in ('tokens/s', 'mfu unknown', 'peak memory', 'time per step: median'):
+    for words in ('tokens/s', '% of peak (', 'peak memory', 'time per step: median'):
         assert words in output
+    kinds = {'linear layers', 'attention', 'activation', 'norms', 'embeddings', 'residual sums', 'head', 'loss'}
+    rest = {'clipping', 'optimizer', 'everything else, such as the host'}
+    assert parts(output).keys() == kinds | rest and sum(parts(output).values()) == pytest.approx(100, abs=1)
+    assert output.count('GFLOP/s') == 2, 'of the linear layers and of the head'
     if real:
         assert 'aten::' in output and json.loads((workspace / 'trace.json').read_text())['traceEvents']
     else:
-        assert 'not prepared' in run_forked_ok('bench.py', *BENCH, '--dataset=absent', cwd=workspace)
-        modern = '--pos=rope --norm=rmsnorm --mlp=relu2 --qk_norm=True --optimizer=muon --baseline=eager'.split()
-        output = run_forked_ok('bench.py', *BENCH, '--real_data=False', *modern, cwd=workspace)
-        assert 'eager time per step' in output and 'of the time of eager' in output and output.count('GFLOP/s') == 2
+        output = run_forked_ok('bench.py', *BENCH, '--dataset=absent', '--breakdown=False', cwd=workspace)
+        assert 'not prepared' in output and not parts(output)
+        modern = '--pos=rope --norm=rmsnorm --mlp=relu2 --qk_norm=True --optimizer=muon --dropout=0.1'.split()
+        output = run_forked_ok('bench.py', *BENCH, '--real_data=False', '--baseline=eager', *modern, cwd=workspace)
+        assert 'eager time per step' in output and 'of the time of eager' in output and output.count('% of peak (') == 2
+        assert parts(output).keys() == kinds | rest | {'dropout'}
 
 
 @pytest.mark.parametrize('baseline', ['recompute', 'transformers'])
@@ -291,7 +304,8 @@ def test_bench_of_decoding(tmp_path, baseline):
         assert words in output
 
 
-def test_speedrun(workspace, forked_runs):
+def test_comparing_recipes(workspace, forked_runs):
+    """Two recipes, of which one reaches the target, then a command in the baseline's place."""
     (workspace / 'recipe.py').write_text("""
 dataset, device, compile = 'tiny', 'cpu', False
 n_layer, n_head, n_embd, block_size = 1, 2, 32, 16
@@ -304,18 +318,37 @@ learning_rate = 1e-4
         arguments = ['--baseline=recipe.py', f'--contender={contender}', *arguments]
         return run_forked('tools/compare.py', *arguments, cwd=workspace)
 
+    def table(output):
+        """The cells of each row."""
+        return [[cell.strip() for cell in line.split('|')[1:-1]] for line in output.splitlines() if line[:1] == '|']
+
     contender = 'recipe.py --learning_rate=1e-2 --max_iters=20'
     result = compare('--target=3.25', '--seeds=2', contender=contender)
     assert result.returncode == 0, result.stderr
-    assert 'baseline, recipe.py: 0 of 2 at 3.25' in result.stdout
-    assert f'contender, {contender}: 2 of 2' in result.stdout
-    assert result.stdout.count('time of the contender over that of the baseline') == 2
+    assert result.stdout.count('compiles nothing: the same run') == 4 and 'not at 3.25 after 12' in result.stdout
+    header, _, slow, fast, ratios = table(result.stdout)
+    assert {len(row) for row in table(result.stdout)} == {7} and header[6] == 'training alone'
+    assert slow[:3] == ['`recipe.py`', '0 of 2 at 3.25', '12 (12 to 12)'] and slow[4] == slow[5] != slow[6]
+    assert fast[:2] == [f'`{contender}`', '2 of 2 at 3.25'] and int(fast[2].split()[0]) < 20, 'stops at the target'
+    assert all(re.fullmatch(r'[\d.]+ \([\d.]+ to [\d.]+\)', ratio) for ratio in ratios[4:])
     assert (workspace / 'out-speedrun' / 'speedrun.png').read_bytes().startswith(b'\x89PNG')
-    for argument, words in (
-        ('--target=9', '--target=9.0: recipe.py reaches it before its first iteration'),
-        ('--baseline=recipe.py --eval_only=True', 'trained nothing'),
+
+    lines = ''.join(f'echo step {n}: train loss 1.0, val loss {loss}; ' for n, loss in ((0, 4.0), (250, 3.1)))
+    command = f'{lines} c=$TORCHINDUCTOR_CACHE_DIR; mkdir -p $c; touch {{seed}} $c/compiled; echo $c >> folders'
+    result = compare('--target=3.25', '--seeds=1', f'--command={command}', contender=contender)
+    assert result.returncode == 0, result.stderr
+    theirs = table(result.stdout)[2]
+    assert theirs[1:4] == ['1 of 1 at 3.25', '250 (250 to 250)', '3.1000 (3.1000 to 3.1000)']
+    assert theirs[6] == table(result.stdout)[4][6] == 'unknown' and (workspace / '1337').exists()
+    cold, warm = (workspace / 'folders').read_text().split()
+    assert cold == warm and not os.path.exists(cold), 'the same cache, which was removed'
+    for arguments, words in (
+        (['--target=9'], '--target=9.0: train.py recipe.py reaches it before its first iteration'),
+        (['--baseline=recipe.py --eval_only=True'], 'trained nothing'),
+        (['--command=echo hello'], 'echo hello printed no line such as'),
+        (['--command=echo too bad; exit 3'], 'ended with status 3: too bad'),
     ):
-        result = compare('--seeds=1', argument)
+        result = compare('--seeds=1', *arguments)
         assert result.returncode == 2 and words in result.stderr and result.stderr.count('\n') == 1, result.stderr
 
 
