@@ -190,7 +190,6 @@ def make_step(compiled):
     shape = f'batch {batch_size} x {block_size}'
     print(f'{model.num_params():,} parameters, {shape}, {device.type}, {dtype_name}', flush=True)
     if compiled:
-        print('compiling ...', flush=True)
         start = time.perf_counter()
         batch = torch.zeros(2, batch_size, block_size, dtype=torch.long, device=device)
         compile_or_stay_eager([model], lambda: step(batch))

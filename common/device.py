@@ -216,8 +216,9 @@ def compile_or_stay_eager(modules: list, trial: Callable[[], object], calls=None
         if calls * eager * saves <= takes:
             say(f'not compiling the model, as this takes longer than it saves in {calls * eager:,.0f} s of training')
             return False
-    try:
+    if modules[0].training:  # a program that generates prints nothing else
         say('compiling the model, this can take a minute (--compile=False skips it) ...')
+    try:
         for module in modules:
             module.compile(**options)
         trial()

@@ -5,13 +5,13 @@ python tools/compare.py --contender='config/mine.py --learning_rate=3e-3' --seed
 python tools/compare.py --command='cd ../nanoGPT && python train.py config/train_shakespeare_char.py' \\
     --contender=config/speedrun_shakespeare_char.py --target=1.47
 
-What is timed is the whole command, from the start of its process to its end: imports, data, compilation, training,
-evaluation, saving. A recipe stops once its loss over the whole validation split is down to the target. With each seed,
-in turns, both run with an empty compiler cache, then again with what that run left in it. Seconds of training alone
-(data, forward, backward, optimizer) are reported too.
+What is timed is the whole command as it is shipped, from the start of its process to its end: imports, data,
+compilation, training, evaluation, saving. With each seed, in turns, both run with an empty compiler cache, then again
+with what that run left in it. Seconds of training alone (data, forward, backward, optimizer) are reported too. The loss
+at the end is over the whole validation split, by evaluate.py, when the clock has stopped.
 
 --command= takes the baseline's place: anything that prints lines like nanoGPT's, 'step 250: train loss 1.9012, val loss
-2.0345'. It counts with its whole time, and with the losses that it prints, over whatever it evaluates.
+2.0345'. Its loss at the end is that of its last line, over whatever it evaluates.
 """
 
 import math
@@ -36,14 +36,14 @@ from configurator import configure, require
 baseline = 'config/train_shakespeare_char_cpu.py'  # arguments of train.py
 contender = 'config/speedrun_shakespeare_char_cpu.py'  # arguments of train.py
 command = ''  # in the baseline's place: a shell command that prints nanoGPT's lines; {seed} in it stands for the seed
-target = 1.8987  # validation loss to reach; a run that does not reach it counts with its whole time; 0: never stop
+target = 1.8987  # validation loss to reach at the end; a run that does not counts with its whole time too
 seeds = 3  # runs of each with a cold and with a warm cache
 first_seed = 1337  # the others follow
 out_dir = 'out-speedrun'  # folder for the runs' folders
 output = ''  # PNG of loss against time; '': speedrun.png in out_dir
 config = configure(globals(), paths=('out_dir', 'output'))
 
-EVALUATION = re.compile(r'step (\d+): train loss \S+, val loss ([\w.]+)')  # a line of train.py, ours and nanoGPT's
+EVALUATION = re.compile(r'step (\d+): (?:train loss \S+, )?val loss ([\w.]+)')  # a line of train.py, ours and nanoGPT's
 
 require(config, 'seeds', 'at least 1', lambda v: v >= 1)
 require(config, 'first_seed target', '0 or more', lambda v: 0 <= v < math.inf)
@@ -68,16 +68,12 @@ class Run(NamedTuple):
     curve: list  # [(seconds since its start, validation loss)]
     iters: int  # iterations until the last evaluation
     training: float  # seconds of training alone until then; nan if unknown
-
-    @property
-    def loss(self):
-        """The last validation loss."""
-        return self.curve[-1][1]
+    loss: float  # at the end
 
     @property
     def reached(self):
-        """Whether it was at the target at any evaluation."""
-        return min(loss for _, loss in self.curve) <= target
+        """Whether it ended at the target."""
+        return self.loss <= target
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -88,34 +84,37 @@ def train(name, seed, cache):
     if foreign:
         process = command.replace('{seed}', str(seed))
     else:
-        settings = [f'--seed={seed}', f'--out_dir={folder}', '--eval_iters=0', f'--target_val_loss={target}']
-        process = [sys.executable, os.path.join(ROOT, 'train.py'), *recipes[name], *settings]
+        process = [
+            sys.executable,
+            os.path.join(ROOT, 'train.py'),
+            *recipes[name],
+            f'--seed={seed}',
+            f'--out_dir={folder}',
+        ]
     shown = process if foreign else f'train.py {shlex.join(recipes[name])}'
 
-    seconds, status, lines = timed(process, cache)
-    if status:
-        last = lines[-1][1].removeprefix('error: ') if lines else 'no word of why'
-        raise UserError(f'{shown} ended with status {status}: {one_line(last[-400:])}')
+    seconds, lines = timed(process, cache, shown)
     evaluations = [(at, *found.groups()) for at, line in lines if (found := EVALUATION.match(line))]
     if not evaluations:
         raise UserError(f"{shown} printed no line such as 'step 250: train loss 1.9012, val loss 2.0345'")
     times, iters, losses = zip(*((at, int(iters), float(loss)) for at, iters, loss in evaluations))
-    training = math.nan
+    training, loss = math.nan, losses[-1]
     if not foreign:
         if not any(line.startswith('done: ') for _, line in lines):
             raise UserError(f'{shown} trained nothing: leave out --eval_only=True and the like')
         records = [record for record in read_metrics(os.path.join(folder, FILE)) if 'val/loss' in record]
         losses = [record['val/loss'] for record in records[-len(times) :]]  # with more digits
         training = records[-1]['seconds']
-    if losses[0] <= target:
-        raise UserError(f'--target={target}: {shown} reaches it before its first iteration')
-    return Run(seconds, list(zip(times, losses)), iters[-1], training)
+        evaluate = [sys.executable, os.path.join(ROOT, 'evaluate.py'), f'--out_dir={folder}']
+        _, lines = timed(evaluate, cache, 'evaluate.py')
+        loss = float(re.search(r'loss ([\d.]+)', lines[-1][1]).group(1))
+    return Run(seconds, list(zip(times, losses)), iters[-1], training, loss)
 
 
-def timed(process, cache):
-    """Run a process -> (its seconds, its exit status, [(seconds since its start, line that it printed)]).
+def timed(process, cache, shown):
+    """Run a process -> (its seconds, [(seconds since its start, line that it printed)]). UserError if it fails.
 
-    process: its arguments, or a command of the shell. cache: a folder for what torch compiles; made when needed.
+    process: its arguments, or a command of the shell; `shown` in an error. cache: a folder for what torch compiles.
     """
     temporary = os.path.dirname(cache)  # torch keeps compiled C++ headers there, whatever its cache
     caches = {'TORCHINDUCTOR_CACHE_DIR': cache, 'TRITON_CACHE_DIR': os.path.join(cache, 'triton'), 'TMPDIR': temporary}
@@ -124,7 +123,11 @@ def timed(process, cache):
     start = time.perf_counter()
     with subprocess.Popen(process, shell=isinstance(process, str), env=env, **pipes) as running:
         lines = [(time.perf_counter() - start, line.strip()) for line in running.stdout if line.strip()]
-    return time.perf_counter() - start, running.returncode, lines
+    seconds = time.perf_counter() - start
+    if running.returncode:
+        last = lines[-1][1].removeprefix('error: ') if lines else 'no word of why'
+        raise UserError(f'{shown} ended with status {running.returncode}: {one_line(last[-400:])}')
+    return seconds, lines
 
 
 runs = {name: {'cold': [], 'warm': []} for name in recipes}
