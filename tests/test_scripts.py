@@ -374,7 +374,7 @@ def test_every_run_is_in_the_legend(trained, tmp_path, monkeypatch):
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == 6
     for name in names:
-        assert sum(label.endswith(f', {name}') for label in labels) == 3
+        assert sum(label.endswith(f', {name}') for label in labels) == 2
 
 
 def test_json_in_any_code_page(trained, tmp_path):
