@@ -33,7 +33,7 @@ from common.device import (
     synchronize,
 )
 from common.distributed import Ranks
-from common.errors import UserError, user_errors, warn
+from common.errors import NO_MEMORY, UserError, user_errors, warn
 from common.replay import OwnWork, record_calls
 from configurator import configure, require
 from dataloader import DataSet, TrainBatches, dataset_name
@@ -60,7 +60,7 @@ trace_file = 'trace.json'  # the profile's trace, for ui.perfetto.dev or chrome:
 seed = 1337  # of weights and data
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
-compile = True  # compile the training step; decoding is compiled only if --compile=True is given
+compile = 'auto'  # compile the step: True, False; 'auto': a training step on CUDA
 num_samples = 10  # decode: samples in the larger batch
 prompt_tokens = 64  # decode: length of the prompt
 max_new_tokens = 100  # decode: tokens to generate for each sample
@@ -73,6 +73,7 @@ baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute')}
 require(config, 'mode', 'train or decode; tools/compare.py times whole runs to a loss', lambda v: v in baselines)
 require(config, 'baseline', ' or '.join(baselines[mode]), lambda v: v in ('', *baselines[mode]))
 require(config, 'activation_checkpointing', ' or '.join(CHECKPOINTING), lambda v: v in CHECKPOINTING)
+require(config, 'compile', 'True, False or auto', lambda v: v in ('True', 'False', 'auto'))
 require(config, 'optimizer', ' or '.join(OPTIMIZERS), lambda v: v in OPTIMIZERS)
 require(config, 'batch_size block_size steps rounds', 'at least 1', lambda v: v >= 1)
 require(config, 'vocab_size', 'from 1 to 2,147,483,647', lambda v: 1 <= v < 2**31)
@@ -136,7 +137,7 @@ def bench_training():
     if profile:
         with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
             pass  # fail before the time is spent
-    model, opt, step = make_step(compile)
+    model, opt, step = make_step(compile == 'True' or compile == 'auto' and device.type == 'cuda')
     contenders = {'': (step, nullcontext)}  # name -> step, and the context to run it in
     if baseline:
         with torch_products():
@@ -160,7 +161,9 @@ def bench_training():
     if breakdown:
         try:
             report_parts(model, opt, step, next_batch, peak)
-        except torch.OutOfMemoryError:  # it keeps the activations of one step while others run
+        except RuntimeError as error:  # it keeps the activations of one step while others run
+            if not NO_MEMORY.search(str(error)):
+                raise
             warn('the memory does not suffice for the parts of a step; --breakdown=False leaves them out')
     if profile:
         write_profile(lambda: step(next_batch()))
@@ -192,7 +195,7 @@ def make_step(compiled):
     if compiled:
         start = time.perf_counter()
         batch = torch.zeros(2, batch_size, block_size, dtype=torch.long, device=device)
-        compile_or_stay_eager([model], lambda: step(batch))
+        compile_or_stay_eager([model], lambda: step(batch), device)
         print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
     return model, opt, step
 
@@ -379,7 +382,7 @@ def bench_decoding():
     make_rival = {'': None, 'recompute': make_recomputing_decoder, 'transformers': make_hugging_face_decoder}[baseline]
     rivals = {baseline: make_rival(model, prompt)} if baseline else {}  # made first: packing cannot be undone
     model.to(device)
-    compiled = compile and 'compile' in config.given
+    compiled = compile == 'True'
     if quantize or not (compiled and device.type == 'cpu'):  # as in sample.py
         pack(model, device, dtype, quantize)
         bytes_per_weight = 1 if quantize else dtype.itemsize
@@ -437,7 +440,8 @@ def make_decoder(model, prompt, compiled):
     if compiled:
         print('compiling ...', flush=True)
         options = decoding_options(device)
-        compiled = compile_or_stay_eager([model], lambda: [decode(n, static=True) for n in batch_sizes], **options)
+        trial = lambda: [decode(n, static=True) for n in batch_sizes]  # noqa: E731
+        compiled = compile_or_stay_eager([model], trial, device, **options)
         if not compiled:
             contexts.clear()
     return lambda n: decode(n, static=compiled)

@@ -554,14 +554,16 @@ def eval_batches(
     """Yield this rank's evaluation batches: x, y, starts as in training; y is -1 in the rows that pad the last batch.
 
     The sequences are the same at every call: at most n_batches * batch_size, adjacent if they cover the split, else
-    evenly spaced. They come in batches of a size that suits the device, see eval_rows. Of w ranks, rank r takes the
+    evenly spaced. They come in batches of batch_size, on a CPU of EVAL_TOKENS tokens. Of w ranks, rank r takes the
     batches r, r + w, r + 2w, …, and all of them equally many, as sharded models are computed by all ranks together:
     some get a batch of padding at the end.
     """
     tokens.require_window(block_size)
     available = (len(tokens) - 1) // block_size
     count = min(n_batches * batch_size, available)
-    batch_size = min(eval_rows(batch_size, block_size, device), -(-count // ranks.world_size))
+    if device.type == 'cpu':  # fastest while activations stay in its cache
+        batch_size = max(1, EVAL_TOKENS // block_size)
+    batch_size = min(batch_size, -(-count // ranks.world_size))
     starts = np.arange(count) * available // count * block_size
     together = ranks.world_size * batch_size
     for first in range(ranks.rank * batch_size, -(-count // together) * together, together):
@@ -569,13 +571,6 @@ def eval_batches(
         missing = padding((batch_size - len(rows), block_size), tokens.marks_documents, device)
         batch = to_device(device, *tokens.sequences(rows, block_size))
         yield tuple(None if part is None else torch.cat((part, pad)) for part, pad in zip(batch, missing))
-
-
-def eval_rows(batch_size: int, block_size: int, device: torch.device) -> int:
-    """Sequences per batch of an evaluation, where those of training have batch_size. Nothing is kept for a backward
-    pass, so four times as many fit into an accelerator's memory; a CPU is fastest while activations stay in its cache.
-    """
-    return max(1, EVAL_TOKENS // block_size) if device.type == 'cpu' else 4 * batch_size
 
 
 def padding(shape, marks_documents: bool, device):

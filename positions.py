@@ -38,19 +38,19 @@ def rope_frequencies(config, device=None, dtype=torch.float32):
 
 def rope_angles(config, positions, dtype):
     """Angles of rotary position embedding (Su et al. 2021, eq. 34): positions (T,) or (B, T) -> their cosines and
-    sines, (T, hs) or (B, 1, T, hs), in float32 or better. Dimensions i and i + hs / 2 form a pair, as in Llama."""
+    sines, (T, hs) or (B, 1, T, hs), in float32 or better, the first half of the sines negative, as rotate() takes them.
+    Dimensions i and i + hs / 2 form a pair, as in Llama."""
     dtype = torch.promote_types(dtype, torch.float32)  # angles need more digits than bfloat16 has
     angles = positions[..., None].to(dtype) * rope_frequencies(config, positions.device, dtype)
-    angles = torch.cat((angles, angles), dim=-1)
     if angles.dim() == 3:
         angles = angles[:, None]  # the same for all heads
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
     """Rotate each pair of x (B, nh, T, hs) by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)  # each channel's partner is half a head away
 
 
 def alibi_slopes(n_head, device, dtype):

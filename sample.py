@@ -179,7 +179,7 @@ if compile:
             for _ in generate(model, samples, 2, sampling, context=static_context, static=True):
                 pass
 
-    if not compile_or_stay_eager([model], trial, **decoding_options(device)):
+    if not compile_or_stay_eager([model], trial, device, **decoding_options(device)):
         static_context = None
 
 

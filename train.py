@@ -180,8 +180,8 @@ def try_once():
 
 
 if compile != 'False' and not eval_only:
-    calls = (max_iters - iter_num) * -(-gradient_accumulation_steps // ranks.world_size) if compile == 'auto' else None
-    compile_or_stay_eager(modules_to_compile(raw_model, mesh), try_once, calls, ranks, must=mesh is not None)
+    calls = max(0, max_iters - iter_num) * batches.rounds_at(iter_num) if compile == 'auto' else None
+    compile_or_stay_eager(modules_to_compile(raw_model, mesh), try_once, device, calls, ranks, must=mesh is not None)
     raw_model.zero_grad(set_to_none=True)
     watch.lap('compilation')
 

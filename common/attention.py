@@ -31,7 +31,7 @@ def attend_with_dropout(q, k, v, mask, dropout: float) -> torch.Tensor:
     """attend() by plain products, as torch does with dropout on CPUs too, but with faster masks."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if mask is None:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
     weights = ((q * q.size(-1) ** -0.5) @ k.mT + mask).softmax(dim=-1)  # (B, nh, T, S)

@@ -1,6 +1,7 @@
 """Device set-up, precision, seeds, compilation, a stopwatch, and peak FLOPS by device name."""
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -194,7 +195,9 @@ def seed_all(*key: int):
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def compile_or_stay_eager(modules: list, trial: Callable[[], object], calls=None, ranks=ALONE, must=False, **options):
+def compile_or_stay_eager(
+    modules: list, trial: Callable[[], object], device: torch.device, calls=None, ranks=ALONE, must=False, **options
+) -> bool:
     """Compile modules in place and run trial(); if that fails, warn and undo the compilation. True if it worked.
 
     trial: calls the modules as they will be used. torch.compile is lazy, so only a call shows whether this machine has
@@ -204,20 +207,20 @@ def compile_or_stay_eager(modules: list, trial: Callable[[], object], calls=None
     must: raise UserError if it fails, as ranks that compute a model together cannot each decide for themselves.
     options: of torch.compile.
     """
-    device = next(modules[0].parameters()).device
     if torch.__version__.startswith('2.6.') and modules[0].training and device.type == 'cpu':
         warn(
             'torch 2.6 compiles a wrong embedding gradient on CPUs, continuing without compilation; newer versions work'
         )
         return False
     if calls is not None:
-        eager = seconds_per_call(trial, device, ranks)
+        eager = seconds_per_call(trial, device, ranks) if calls else 0
         takes, saves = COMPILING['cuda' if device.type == 'cuda' else 'cpu']
         if calls * eager * saves <= takes:
             say(f'not compiling the model, as this takes longer than it saves in {calls * eager:,.0f} s of training')
             return False
     if modules[0].training:  # a program that generates prints nothing else
         say('compiling the model, this can take a minute (--compile=False skips it) ...')
+    failure = None
     try:
         for module in modules:
             module.compile(**options)
@@ -225,37 +228,37 @@ def compile_or_stay_eager(modules: list, trial: Callable[[], object], calls=None
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # compilers, linkers and drivers raise anything
-        cause = f'{type(error).__name__}: {one_line(str(error), 150)}'
+        failure = f'{type(error).__name__}: {one_line(str(error), 150)}'
         if must:
-            raise UserError(f'torch.compile does not work here, use --compile=False ({cause})') from error
-        warn(f'torch.compile does not work here, continuing without ({cause})')
-        undo_compilation(modules)
-        return False
+            raise UserError(f'torch.compile does not work here, use --compile=False ({failure})') from error
+        warn(f'torch.compile does not work here, continuing without ({failure})')
+    worked = failure is None
     if calls is not None:
+        worked = not ranks.sum([float(not worked)])[0]  # on all ranks, as they time it together
+    if worked and calls is not None:
         compiled = seconds_per_call(trial, device, ranks)
         say(f'compiled, it takes {compiled / eager:.2f} of the time')
-        if compiled > eager:
-            undo_compilation(modules)
-            return False
-    return True
-
-
-def undo_compilation(modules: list):
-    """Let modules run as written again, without the gradients of trials."""
-    for module in modules:
-        module._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
-        module.zero_grad(set_to_none=True)
+        worked = compiled <= eager
+    if not worked:
+        for module in modules:
+            module._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
+            module.zero_grad(set_to_none=True)
+    return worked
 
 
 def seconds_per_call(trial: Callable[[], object], device: torch.device, ranks: Ranks) -> float:
-    """Seconds that a call of trial() takes, the least of a few, the mean over the ranks: the same on all of them. A
-    collective."""
+    """Seconds that a call of trial() takes, the least of a few, the mean over the ranks: the same on all of them;
+    infinite if the memory does not suffice. A collective."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        trial()
-        synchronize(device)
-        times.append(ranks.sum([time.perf_counter() - start])[0] / ranks.world_size)
+        try:
+            trial()
+            synchronize(device)
+            seconds = time.perf_counter() - start
+        except torch.OutOfMemoryError:  # compiled, it may suffice
+            seconds = math.inf
+        times.append(ranks.sum([seconds])[0] / ranks.world_size)
         if sum(times) > 10:
             break
     return min(times)

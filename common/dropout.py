@@ -30,5 +30,5 @@ def dropout_mask(shape, p: float) -> torch.Tensor:
     generator."""
     n = math.prod(shape)
     words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits are random
-    dropped_below = round(2**16 * p) - 2**15  # of numbers from -2**15 on
+    dropped_below = min(round(2**16 * p), 2**16 - 1) - 2**15  # of numbers from -2**15 on
     return torch.where(words.view(torch.int16)[:n] < dropped_below, 0.0, 1 / (1 - p)).view(shape)

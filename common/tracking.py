@@ -1,8 +1,8 @@
 """The log of a run: each record, a dict of numbers, goes to the console, to metrics.jsonl and to the chosen trackers.
 
-The record of an iteration has 'iter' and 'loss', that of an evaluation 'iter', 'train/loss' and 'val/loss', nanoGPT's
-names in wandb; a record of samples has 'iter' and 'samples', a list of texts. Iterations count from 0; an evaluation or
-samples at n come after n iterations.
+The record of an iteration has 'iter' and 'loss', that of an evaluation 'iter', 'val/loss' and, if asked for,
+'train/loss', nanoGPT's names in wandb; a record of samples has 'iter' and 'samples', a list of texts. Iterations count
+from 0; an evaluation or samples at n come after n iterations.
 """
 
 import importlib.util

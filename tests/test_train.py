@@ -28,6 +28,7 @@ from conftest import (
 )
 from nanogpt_reference import ReferenceGPT
 
+from common import device as devices
 from common.device import named_peak_flops
 from loading import load_checkpoint
 from model import GPT, GPTConfig
@@ -341,6 +342,31 @@ def test_compilation_and_its_absence(quick_compiler, workspace, compiler):
         assert result.stderr.startswith('warning: torch') and result.stderr.count('\n') == 1
         assert identical(weights(workspace / 'out'), weights(workspace / 'eager'))
     assert not any('_orig_mod' in key for key in torch.load(workspace / 'out' / 'ckpt.pt', weights_only=True)['model'])
+
+
+@pytest.mark.parametrize(
+    'calls, slower, outcome', [(1, False, 'not compiling'), (10**6, False, 'compiled'), (10**6, True, 'undone')]
+)
+def test_compiling_where_it_pays(calls, slower, outcome, monkeypatch, capsys):
+    """--compile=auto compiles if enough calls are to come, and goes back if that made them slower."""
+    layer = torch.nn.Linear(2, 2).eval()
+    clock = iter(range(10**6))
+
+    def compile_layer(self, **options):
+        self._compiled_call_impl = object()
+
+    def trial():  # takes one tick of the clock, and another one if compiling made it slower
+        next(clock) if slower and layer._compiled_call_impl else None
+
+    monkeypatch.setattr(torch.nn.Module, 'compile', compile_layer)
+    monkeypatch.setattr(devices.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(devices, 'COMPILING', {'cpu': (100, 0.5)})
+    compiled = devices.compile_or_stay_eager([layer], trial, torch.device('cpu'), calls)
+    assert compiled == (outcome == 'compiled') == bool(layer._compiled_call_impl)
+    said = capsys.readouterr().out
+    assert ('not compiling the model' in said) == (outcome == 'not compiling')
+    assert ('it takes 2.00 of the time' in said) == (outcome == 'undone')
+    assert ('it takes 1.00 of the time' in said) == (outcome == 'compiled')
 
 
 @pytest.mark.slow
