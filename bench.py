@@ -7,6 +7,7 @@ python bench.py config/train_shakespeare_char.py         a step of a recipe's mo
 python bench.py --mode=decode                            tokens per second of GPT-2 124M, one sample and ten at once
 python bench.py --mode=decode --baseline=transformers    also, taking turns, Hugging Face's generate()
 python bench.py --mode=decode --quantize=int8            with 8-bit weights
+python bench.py --mode=decode --init_from=gpt2 --prompt_tokens=900    of a model as in sample.py, after a long prompt
 """
 
 import copy
@@ -39,7 +40,7 @@ from configurator import configure, require
 from dataloader import DataSet, TrainBatches, dataset_name
 from formats.huggingface import to_hugging_face
 from generation import Context, Sample, Sampling, generate, window_start
-from loading import model_vocab_size
+from loading import model_vocab_size, open_model
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
 from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless
 from parallel import CHECKPOINTING, checkpoint_activations
@@ -61,6 +62,7 @@ seed = 1337  # of weights and data
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
 compile = 'auto'  # compile the step: True, False; 'auto': a training step on CUDA
+init_from = ''  # decode: a run or a pretrained model, as in sample.py; '': random weights
 num_samples = 10  # decode: samples in the larger batch
 prompt_tokens = 64  # decode: length of the prompt
 max_new_tokens = 100  # decode: tokens to generate for each sample
@@ -84,14 +86,10 @@ require(config, 'warmup_steps max_seconds seed', '0 or more', lambda v: 0 <= v <
 unused = 'profile' if mode == 'decode' else 'quantize'
 if config[unused]:
     raise UserError(f'--{unused}={config[unused]}: has no meaning with --mode={mode}')
-if baseline == 'transformers' and prompt_tokens + max_new_tokens > config['block_size']:
+named = init_from not in ('', 'scratch', 'resume', 'auto')  # in a recipe: what it trains on from
+if mode == 'train' and named and 'n_layer' not in config.given:
     raise UserError(
-        f'--baseline=transformers: {prompt_tokens} + {max_new_tokens} tokens do not fit into '
-        f'--block_size={config["block_size"]}'
-    )
-if config.recipe['init_from'] not in ('scratch', 'resume', 'auto') and 'n_layer' not in config.given:
-    raise UserError(
-        f'the recipe starts from {config.recipe["init_from"]}, so it does not give the shape of its model: '
+        f'the recipe starts from {init_from}, so it does not give the shape of its model: '
         'give it by --n_layer=, --n_head= and --n_embd='
     )
 
@@ -103,6 +101,15 @@ if data and 'vocab_size' not in config.given:  # as train.py would set it for th
 fields = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config}
 with user_errors(ValueError):
     model_config = GPTConfig(**fields)
+pretrained = None
+if mode == 'decode' and init_from not in ('', 'scratch', 'auto'):
+    pretrained = open_model(init_from, config.recipe['out_dir'], 'ckpt.pt')[0]
+    model_config = pretrained.config
+if baseline == 'transformers' and prompt_tokens + max_new_tokens > model_config.block_size:
+    raise UserError(
+        f'--baseline=transformers: {prompt_tokens} + {max_new_tokens} tokens do not fit into '
+        f'block_size={model_config.block_size}'
+    )
 block_size, vocab_size = model_config.block_size, model_config.vocab_size
 device, dtype = set_up_device(device, dtype)
 dtype_name = str(dtype).removeprefix('torch.')
@@ -373,10 +380,11 @@ class Decoded(NamedTuple):
 def bench_decoding():
     """Time one sample and num_samples at once, taking turns with the baseline and with plain reading of memory.
 
-    Weights are random, all samples have the same prompt, and each token is the most likely one.
+    Weights are random unless --init_from= names some, all samples have the same random prompt, and each token is the
+    most likely one.
     """
     seed_all(seed)
-    model = GPT(model_config).eval()
+    model = (pretrained or GPT(model_config)).eval()
     prompt = torch.randint(vocab_size, (prompt_tokens,)).tolist()
     matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     make_rival = {'': None, 'recompute': make_recomputing_decoder, 'transformers': make_hugging_face_decoder}[baseline]
@@ -414,7 +422,9 @@ def bench_decoding():
     report_decoding(results, source.nbytes, statistics.median(bandwidths))
     low, middle, high = (f(bandwidths) / 1e9 for f in (min, statistics.median, max))
     peak = f', peak memory {in_mib(memory)}' if memory else ''
-    print(f'memory reads {middle:.1f} GB/s ({low:.1f} to {high:.1f}){peak}')
+    tokens = min(prompt_tokens + max_new_tokens, block_size)
+    cache = in_mib(cache_bytes_per_token() * tokens)
+    print(f'memory reads {middle:.1f} GB/s ({low:.1f} to {high:.1f}), cache of {tokens} tokens {cache}{peak}')
 
 
 def make_decoder(model, prompt, compiled):
@@ -512,7 +522,7 @@ def report_decoding(results, matrix_bytes, bandwidth):
         if not math.isnan(first):
             rate = n * (max_new_tokens - 1) / (total - first)
             line += f'; first after {1000 * first:.0f}ms ({prompt_tokens / first:,.0f} prompt tokens/s)'
-            line += f', then {rate:.1f} tokens/s'
+            line += f', then {rate:.1f} tokens/s, {1000 * n / rate:.1f}ms per step'
         if not name:
             limit = memory_bound(n, matrix_bytes, bandwidth)
             line += f', {100 * rate / limit:.0f}% of the {limit:.1f} that memory allows'
@@ -531,9 +541,12 @@ def memory_bound(n, matrix_bytes, bandwidth):
     """
     totals = range(prompt_tokens + 1, prompt_tokens + max_new_tokens)
     cached_tokens = statistics.fmean(total - window_start(total, block_size) for total in totals)
-    kv_width = model_config.head_dim * model_config.kv_heads
-    cache_bytes = 2 * model_config.n_layer * kv_width * dtype.itemsize * cached_tokens  # per sample, on average
-    return n * bandwidth / (matrix_bytes + n * cache_bytes)
+    return n * bandwidth / (matrix_bytes + n * cached_tokens * cache_bytes_per_token())
+
+
+def cache_bytes_per_token():
+    """Size of the keys and values of one token."""
+    return 2 * model_config.n_layer * model_config.head_dim * model_config.kv_heads * dtype.itemsize
 
 
 if mode == 'train':

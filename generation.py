@@ -22,6 +22,7 @@ from dataloader import random_words
 from tokenizer import TextStream, load_tokenizer
 
 UNIFORMS_AT_ONCE = 1024  # random numbers made at once for each sample
+TOKENS_AT_ONCE = 2048  # of a prompt: activations and masks of more would take gigabytes
 
 
 class KVCache:
@@ -145,11 +146,18 @@ class Context:
         else:
             idx = torch.tensor(unread or [row[-1:] for row in self.rows], device=self.device)  # (rows, T)
         self.reserve(max(self.cache.lengths) + idx.size(1))
-        self.cache.extend(idx.size(1))
         if self.cache.static and idx.size(1) == 1:
+            self.cache.extend(1)
             torch.compiler.cudagraph_mark_step_begin()  # the last call's output is no longer needed
             return self.model(idx, cache=self.cache)[0][:, -1]
-        return self.model.logits(self.model.hidden(idx, cache=self.cache)[:, -1])
+        return self.model.logits(self.fill(self.cache, idx))
+
+    def fill(self, cache, idx):
+        """Let the model read idx (rows, T) into a cache, in pieces -> the last token's hidden states (rows, C)."""
+        for piece in idx.split(TOKENS_AT_ONCE, dim=1):
+            cache.extend(piece.size(1))
+            x = self.model.hidden(piece, cache=cache)
+        return x[:, -1]
 
     def catch_up(self, behind):
         """Read all that the cache lacks of these rows except their last token. Equal rows are read once."""
@@ -157,9 +165,8 @@ class Context:
         distinct = list(dict.fromkeys(pieces))
         width = max(map(len, distinct))
         part = KVCache(self.model.config, len(distinct), width, self.device, self.dtype)
-        part.extend(width)
         padded = [piece + (0,) * (width - len(piece)) for piece in distinct]
-        self.model.hidden(torch.tensor(padded, device=self.device), cache=part)
+        self.fill(part, torch.tensor(padded, device=self.device))
         part.lengths = [len(piece) for piece in distinct]
         self.reserve(width)
         self.cache.put(behind, part, [distinct.index(piece) for piece in pieces])

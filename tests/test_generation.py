@@ -288,6 +288,19 @@ def test_log_probabilities_are_the_models():
         torch.testing.assert_close(torch.tensor(sample.log_probs).double(), expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+    """Of prompts of one length and of several, the second of which is more than a piece."""
+    model, n = make_model(pos='rope'), 6
+    for lengths in ((13, 13), (5, 14)):
+        prompts = make_prompts(*lengths)
+        samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
+        expected = generated(model, samples, n, Sampling())
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, 'TOKENS_AT_ONCE', 4)
+            samples = [Sample(prompt, (i,)) for i, prompt in enumerate(prompts)]
+            assert generated(model, samples, n, Sampling()) == expected
+
+
 @pytest.mark.parametrize('static', [False, True])
 def test_a_conversation_equals_reading_all_of_it(static):
     model = make_model()

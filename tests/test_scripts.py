@@ -304,6 +304,12 @@ def test_bench_of_decoding(tmp_path, baseline):
         assert words in output
 
 
+def test_bench_of_a_trained_model(trained, tmp_path):
+    settings = '--mode=decode --device=cpu --prompt_tokens=6 --max_new_tokens=10 --rounds=1'.split()
+    output = run_forked_ok('bench.py', f'--init_from={trained / "out"}', *settings, cwd=tmp_path)
+    assert 'of 4 bytes each' in output and 'cache of 16 tokens' in output
+
+
 def test_comparing_recipes(workspace, forked_runs):
     """Two recipes, of which one reaches the target, then a command in the baseline's place."""
     (workspace / 'recipe.py').write_text("""
