@@ -6,7 +6,7 @@ python bench.py --baseline=eager                         also, taking turns, the
 python bench.py config/train_shakespeare_char.py         a step of a recipe's model, of one micro-batch
 python bench.py --mode=decode                            tokens per second of GPT-2 124M, one sample and ten at once
 python bench.py --mode=decode --baseline=transformers    also, taking turns, Hugging Face's generate()
-python bench.py --mode=decode --quantize=int8            with 8-bit weights
+python bench.py --mode=decode --quantize=int8            with 8-bit weights; int4: 4-bit
 python bench.py --mode=decode --init_from=gpt2 --prompt_tokens=900    of a model as in sample.py, after a long prompt
 """
 
@@ -67,7 +67,7 @@ num_samples = 10  # decode: samples in the larger batch
 prompt_tokens = 64  # decode: length of the prompt
 max_new_tokens = 100  # decode: tokens to generate for each sample
 rounds = 5  # decode: times to measure everything, taking turns
-quantize = ''  # decode: 'int8': 8-bit weights on a CPU
+quantize = ''  # decode: 'int8', 'int4': weights of so many bits on a CPU
 baseline = ''  # also time; train: 'eager', the plain step; decode: 'transformers', or 'recompute', without a cache
 config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file',))
 
@@ -393,7 +393,7 @@ def bench_decoding():
     compiled = compile == 'True'
     if quantize or not (compiled and device.type == 'cpu'):  # as in sample.py
         pack(model, device, dtype, quantize)
-        bytes_per_weight = 1 if quantize else dtype.itemsize
+        bytes_per_weight = {'int8': 1, 'int4': 5 / 8}.get(quantize, dtype.itemsize)  # int4: with its scales
     else:
         bytes_per_weight = 4
     print(
@@ -405,7 +405,7 @@ def bench_decoding():
     for n in batch_sizes:
         contenders[''](n)  # allocates what peak_memory reports
     memory = None if baseline else peak_memory(device)
-    source = torch.ones(matrices * bytes_per_weight // 4, device=device)  # as many bytes as the matrices have
+    source = torch.ones(int(matrices * bytes_per_weight) // 4, device=device)  # as many bytes as the matrices have
     decode_in_turns(contenders, source)  # warm-up
     results, bandwidths = {}, []
     for n in range(rounds):

@@ -41,7 +41,7 @@ num_fewshot = -1  # examples before each question; -1: as the task says
 chat = False  # ask by the model's chat template
 batch_tokens = 0  # most tokens per batch of requests, padding included; 0: 2,048 on a CPU, 16,384 elsewhere
 json = False  # print the scores as one JSON object
-quantize = ''  # 'int8': 8-bit weights on a CPU
+quantize = ''  # 'int8', 'int4': weights of so many bits on a CPU, as in sample.py
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
 config = configure(globals(), paths=('out_dir', 'init_from', 'task_path'))

@@ -1,12 +1,14 @@
-"""What is done for speed on CPUs alone. Without this file and its calls everything computes the same, but for int8.
+"""What is done for speed on CPUs alone. Without this file and its calls everything computes the same, but for int8 and
+int4.
 
     pack(model, device, dtype)            before generating: another layout of the weights, the same products
     pack(model, device, dtype, 'int8')    8-bit weights: a quarter of the memory traffic, for a little quality
+    pack(model, device, dtype, 'int4')    4-bit weights, 5 bits with their scales, for some more
     use_onednn_products(device, 64)       before training, on x86 processors with AVX-512
 
 Generating a token reads every weight once and multiplies it by a few numbers, so it takes as long as reading them from
 memory. torch's own product of such thin matrices reads them at a fraction of the memory's speed; oneDNN's and
-FBGEMM's products, over matrices rearranged once, come much closer. Both come with torch. On other devices pack()
+FBGEMM's products, over matrices rearranged once, come much closer. All come with torch. On other devices pack()
 converts the weights to the precision of the products, which halves what is read.
 
 pack() replaces layers of exactly the type nn.Linear by layers that can be called and nothing else. A subclass, or a
@@ -27,6 +29,7 @@ from common.device import autocast
 from common.errors import UserError, one_line, warn
 
 MIN_PACKED_WEIGHTS = 2**17  # smaller matrices stay in the processor's cache, where torch's product has less overhead
+GROUP = 32  # weights that share a scale in int4
 SHORT_CONTEXT = 128  # tokens; over so few, batched products beat fused attention with oneDNN's products
 
 
@@ -34,17 +37,20 @@ def pack(model: nn.Module, device: torch.device, dtype: torch.dtype, quantize: s
     """Rearrange the weights of a model on `device`, in place, for generation: it is in eval mode afterwards, and cannot
     be trained, saved or moved.
 
-    dtype: of products, under autocast unless it is float32. quantize: 'int8', or '' for none.
+    dtype: of products, under autocast unless it is float32. quantize: 'int8', 'int4', or '' for neither.
     Embedding tables stay as they are; a head tied to one gets a matrix of its own. Both layouts are in memory until the
     check has passed. If the packed model computes anything else, up to rounding, the model is left as it was, with one
-    line of warning. UserError if int8 is not available.
+    line of warning. UserError if int8 or int4 is not available.
     """
-    if quantize not in ('', 'int8'):
-        raise UserError(f'--quantize={quantize}: unknown; use int8, or leave it out')
-    if quantize and (device.type != 'cpu' or 'fbgemm' not in torch.backends.quantized.supported_engines):
+    if quantize not in ('', 'int8', 'int4'):
+        raise UserError(f'--quantize={quantize}: unknown; use int8 or int4, or leave it out')
+    fbgemm = 'fbgemm' in torch.backends.quantized.supported_engines
+    if quantize == 'int8' and (device.type != 'cpu' or not fbgemm):
         raise UserError(f'--quantize=int8: runs on x86 processors only, not on this {device.type} device; leave it out')
+    if quantize == 'int4' and (device.type != 'cpu' or not hasattr(torch.ops.aten, '_weight_int4pack_mm_for_cpu')):
+        raise UserError(f'--quantize=int4: torch {torch.__version__} has it on CPUs only, or not at all; leave it out')
     if quantize and dtype != torch.float32:
-        raise UserError('--quantize=int8: needs --dtype=float32, the type of everything but the weights')
+        raise UserError(f'--quantize={quantize}: needs --dtype=float32, the type of everything but the weights')
     model.eval()
     places = {}  # each plain layer: its paths in the model, several if it is shared
     for path, layer in model.named_modules(remove_duplicate=False):
@@ -99,7 +105,7 @@ def is_plain(layer):
 def packed_layer(layer, dtype, quantize):
     """The packed replacement of a plain layer on a CPU."""
     if quantize:
-        return Int8Linear(layer)
+        return {'int8': Int8Linear, 'int4': Int4Linear}[quantize](layer)
     bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     onednn = torch.backends.mkldnn.is_available() and (dtype == torch.float32 or bfloat16)
     return (PackedLinear if onednn and layer.weight.numel() >= MIN_PACKED_WEIGHTS else PlainLinear)(layer, dtype)
@@ -124,8 +130,8 @@ class Trial(nn.Module):
         known, y = self.calls.pop(0) if self.calls else (None, None)
         if known is None or not torch.equal(input, known):
             y = layer(input)
-        # int8's rounding is coarse: only an output as wrong as zeros is a difference there
-        tolerance = 1 if isinstance(packed, Int8Linear) else max(1e-3, 4 * torch.finfo(y.dtype).eps)
+        # the rounding of weights is coarse: only an output as wrong as zeros is a difference there
+        tolerance = 1 if isinstance(packed, (Int8Linear, Int4Linear)) else max(1e-3, 4 * torch.finfo(y.dtype).eps)
         self.reason = self.reason or difference(packed(input), y, tolerance, f'{type(packed).__name__} is')
         return y
 
@@ -212,6 +218,38 @@ class Int8Linear(nn.Module):
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         y = multiply(x / scale, 1 / self.levels, self.levels + 1, self.matrix)
         return y * scale if self.vector is None else torch.addcmul(self.vector, y, scale)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with 4-bit weights, each GROUP in a row with a scale and an offset in bfloat16: 5 bits per
+    weight, as in llama.cpp's Q4_1. Torch multiplies them, with inputs in bfloat16.
+
+    x: (..., in) -> (..., out) in float32.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.n_out, n_in = linear.weight.shape
+        self.padding = -n_in % GROUP
+        weight = F.pad(linear.weight.detach().float(), (0, self.padding, 0, -self.n_out % 16))  # the kernel's blocks
+        groups = weight.view(len(weight), -1, GROUP)
+        least, most = groups.aminmax(dim=-1, keepdim=True)
+        scale = ((most - least) / 15).clamp_min(1e-30)
+        self.scales = torch.cat(
+            (scale, least + 8 * scale), dim=-1
+        ).bfloat16()  # (out, groups, 2): w ~ scale * (q - 8) + b
+        scale, offset = self.scales.float().split(1, dim=-1)
+        q = ((groups - offset) / scale + 8).round().clamp(0, 15).int().view_as(weight)
+        self.scales = self.scales.transpose(0, 1).contiguous()  # (groups, out, 2)
+        self.matrix = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        self.vector = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, input):
+        x = F.pad(input, (0, self.padding)) if self.padding else input
+        x = x.reshape(-1, x.size(-1)).bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.matrix, GROUP, self.scales)[:, : self.n_out].float()
+        y = y.view(*input.shape[:-1], self.n_out)
+        return y if self.vector is None else y + self.vector
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -378,7 +378,7 @@ FRESH = [  # in a folder with the data set data/tiny, before any training
     bench('bench_trace', 'cannot write --trace_file=no/t.json', '--profile=True --trace_file=no/t.json'),
     decode('bench_mode', '--mode=Decode: must be train or decode', '--mode=Decode'),
     decode('decode_baseline', '--baseline=hf: must be transformers or recompute', '--baseline=hf'),
-    decode('decode_quantize', '--quantize=int4: unknown; use int8', '--quantize=int4'),
+    decode('decode_quantize', '--quantize=int5: unknown; use int8', '--quantize=int5'),
     decode('decode_rounds_0', '--rounds=0: must be at least 1', '--rounds=0'),
     decode('decode_no_prompt', '--prompt_tokens=0: must be from 1', '--prompt_tokens=0'),
     decode('decode_nothing_after_the_first', '--max_new_tokens=1: must be from 2', '--max_new_tokens=1'),
@@ -809,7 +809,7 @@ TRAINED = [  # with a run of 8 iterations in out/, too
         '--interactive=True --start=LINES:p.txt',
         given=files(p='ab\ncd\n'),
     ),
-    sample('quantize_unknown', '--quantize=int4: unknown; use int8, or leave it out', '--quantize=int4'),
+    sample('quantize_unknown', '--quantize=int5: unknown; use int8 or int4, or leave it out', '--quantize=int5'),
     sample(
         'overflowing_quantized',
         'logits are NaN or infinite',
