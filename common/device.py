@@ -213,9 +213,10 @@ def compile_or_stay_eager(
         )
         return False
     if calls is not None:
-        eager = seconds_per_call(trial, device, ranks) if calls else 0
         takes, saves = COMPILING['cuda' if device.type == 'cuda' else 'cpu']
-        if calls * eager * saves <= takes:
+        least = takes / saves / max(calls, 1)  # seconds per call from which on it pays
+        eager = seconds_per_call(trial, device, ranks, least) if calls else 0
+        if eager <= least:
             say(f'not compiling the model, as this takes longer than it saves in {calls * eager:,.0f} s of training')
             return False
     if modules[0].training:  # a program that generates prints nothing else
@@ -246,9 +247,9 @@ def compile_or_stay_eager(
     return worked
 
 
-def seconds_per_call(trial: Callable[[], object], device: torch.device, ranks: Ranks) -> float:
-    """Seconds that a call of trial() takes, the least of a few, the mean over the ranks: the same on all of them;
-    infinite if the memory does not suffice. A collective."""
+def seconds_per_call(trial: Callable[[], object], device: torch.device, ranks: Ranks, enough: float = 0.0) -> float:
+    """Seconds that a call of trial() takes, the least of a few, or the first that is below `enough`; the mean over the
+    ranks, the same on all of them; infinite if the memory does not suffice. A collective."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -259,7 +260,7 @@ def seconds_per_call(trial: Callable[[], object], device: torch.device, ranks: R
         except torch.OutOfMemoryError:  # compiled, it may suffice
             seconds = math.inf
         times.append(ranks.sum([seconds])[0] / ranks.world_size)
-        if sum(times) > 10:
+        if sum(times) > 10 or times[-1] <= enough:
             break
     return min(times)
 

@@ -8,7 +8,7 @@ data_order = 'shuffle'
 mask_documents = True  # conversations share windows, but do not see each other
 
 eval_interval = 40
-eval_iters = 4
+eval_iters = 3
 log_interval = 5
 always_save_checkpoint = False
 

@@ -8,7 +8,7 @@ dataset = 'text/shakespeare'
 data_order = 'shuffle'
 
 eval_interval = 40
-eval_iters = 4
+eval_iters = 3
 log_interval = 5
 always_save_checkpoint = False
 

@@ -386,8 +386,8 @@ def nanochat_prompts(kind, item, examples):
     if kind == 'multiple_choice':
         solved = [f'{e["query"]} {e["choices"][e["gold"]]}\n\n' for e in examples]
         texts = [f'{"".join(solved)}{item["query"]} {choice}' for choice in item['choices']]
-        n = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
-        return [(text[:n], text[n:]) for text in texts]
+        cuts = [min(len(os.path.commonprefix(texts)), len(text) - 1) for text in texts]  # something is scored
+        return [(text[:n], text[n:]) for text, n in zip(texts, cuts)]
     if kind == 'schema':
         solved = [f'{e["context_options"][e["gold"]]} {e["continuation"]}\n\n' for e in examples]
         texts = [f'{"".join(solved)}{option} {item["continuation"]}' for option in item['context_options']]

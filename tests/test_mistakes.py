@@ -204,7 +204,7 @@ FRESH = [  # in a folder with the data set data/tiny, before any training
     train('unknown_key', "unknown setting 'batchsize'; the nearest is 'batch_size'", '--batchsize=3'),
     train('float_for_int', 'batch_size must be a whole number', '--batch_size=1.5'),
     train('word_for_float', 'learning_rate must be a number', '--learning_rate=fast'),
-    train('number_for_bool', 'compile must be True or False', '--compile=0'),
+    train('number_for_bool', 'eval_only must be True or False', '--eval_only=0'),
     train('no_value', '--eval_only=VALUE', '--eval_only'),
     train('no_dashes', 'settings are written --key=value', 'batch_size=3'),
     text('number_too_large_for_a_float', 'val_fraction', ['--val_fraction=1' + 400 * '0']),
@@ -369,7 +369,9 @@ FRESH = [  # in a folder with the data set data/tiny, before any training
         given=put('out/metrics.jsonl', LOSS),
     ),
     plot('plot_loss_is_text', 'out/metrics.jsonl', given=put('out/metrics.jsonl', {'iter': 0, 'loss': {'a': 1}})),
-    plot('plot_half_an_evaluation', 'out/metrics.jsonl', given=put('out/metrics.jsonl', {'iter': 0, 'val/loss': 3.4})),
+    plot(
+        'plot_half_an_evaluation', 'out/metrics.jsonl', given=put('out/metrics.jsonl', {'iter': 0, 'train/loss': 3.4})
+    ),
     plot('plot_no_times', 'out/metrics.jsonl', '--x=seconds', given=put('out/metrics.jsonl', {'iter': 0, 'loss': 3.4})),
     bench('bench_shape', 'n_embd=32 is not divisible by n_head=3', '--n_head=3'),
     bench('bench_vocabulary', 'train.bin holds the id 28, the vocabulary ends at 9', '--vocab_size=10'),

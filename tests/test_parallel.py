@@ -207,7 +207,7 @@ def test_samples_while_training_are_those_of_one_device(workspace):
     texts = []
     for ranks, split in ((1, []), (2, [FSDP]), (2, [])):
         output = train(workspace, 'out', ranks, *split, '--max_iters=4', '--sample_interval=4', '--learning_rate=0')
-        texts.append(output.partition('a sample:')[2].partition('step 4: train')[0])
+        texts.append(output.partition('a sample:')[2].partition('step 4: val')[0])
     assert texts[0] and texts[1] == texts[2] == texts[0]
 
 

@@ -18,10 +18,10 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from typing import NamedTuple
@@ -132,21 +132,23 @@ def timed(process, cache, shown):
 
 runs = {name: {'cold': [], 'warm': []} for name in recipes}
 for seed in range(first_seed, first_seed + seeds):
-    with tempfile.TemporaryDirectory() as folder:
-        for state in ('cold', 'warm'):
-            for name in recipes:
-                cache, results = os.path.join(folder, name, 'compiled'), runs[name]
-                os.makedirs(os.path.dirname(cache), exist_ok=True)
-                compiles = state == 'cold' or any(files for _, _, files in os.walk(cache))
-                run = train(name, seed, cache) if compiles else results['cold'][-1]
-                results[state].append(run)
-                training = '' if math.isnan(run.training) else f', {run.training:.2f}s of it training'
-                print(
-                    f'{name}, seed {seed}, {state}{"" if compiles else " (compiles nothing: the same run)"}: '
-                    f'{run.seconds:.2f}s{training}; {"" if run.reached else "not "}at '
-                    f'{target} after {run.iters} iterations, {run.loss:.4f} at the end',
-                    flush=True,
-                )
+    folder = os.path.abspath(os.path.join(out_dir, f'cache-{seed}'))
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    for state in ('cold', 'warm'):
+        for name in recipes:
+            cache, results = os.path.join(folder, name, 'compiled'), runs[name]
+            os.makedirs(os.path.dirname(cache), exist_ok=True)
+            compiles = state == 'cold' or any(files for _, _, files in os.walk(cache))
+            run = train(name, seed, cache) if compiles else results['cold'][-1]
+            results[state].append(run)
+            training = '' if math.isnan(run.training) else f', {run.training:.2f}s of it training'
+            print(
+                f'{name}, seed {seed}, {state}{"" if compiles else " (compiles nothing: the same run)"}: '
+                f'{run.seconds:.2f}s{training}; {"" if run.reached else "not "}at '
+                f'{target} after {run.iters} iterations, {run.loss:.4f} at the end',
+                flush=True,
+            )
+    shutil.rmtree(folder)
 
 # --- report -----------------------------------------------------------------------------------------------------------
 MEASURES = ('whole command, cold cache', 'whole command, warm cache', 'training alone')
