@@ -69,7 +69,7 @@ max_new_tokens = 100  # decode: tokens to generate for each sample
 rounds = 5  # decode: times to measure everything, taking turns
 quantize = ''  # decode: 'int8', 'int4': weights of so many bits on a CPU
 baseline = ''  # also time; train: 'eager', the plain step; decode: 'transformers', or 'recompute', without a cache
-config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file',))
+config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file', 'init_from'))
 
 baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute')}
 require(config, 'mode', 'train or decode; tools/compare.py times whole runs to a loss', lambda v: v in baselines)
@@ -450,7 +450,11 @@ def make_decoder(model, prompt, compiled):
     if compiled:
         print('compiling ...', flush=True)
         options = decoding_options(device)
-        trial = lambda: [decode(n, static=True) for n in batch_sizes]  # noqa: E731
+
+        def trial():
+            for n in batch_sizes:
+                decode(n, static=True)
+
         compiled = compile_or_stay_eager([model], trial, device, **options)
         if not compiled:
             contexts.clear()

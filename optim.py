@@ -4,13 +4,12 @@ import math
 
 import torch
 
-from common.distributed import Ranks
+from common.distributed import ALONE, Ranks
 from common.errors import UserError, warn
 from common.exchange import all_gather, all_to_all
 from common.sharded import copy_part, is_sharded, part, whole
 from configurator import require
 
-ALONE = Ranks()
 # Coefficients of Jordan et al. 2024: steep at 0, so small singular values grow fast; the cost: they end only near 1
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from common.distributed import Ranks
+from common.distributed import ALONE, Ranks
 from common.errors import UserError, one_line, say, warn
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -43,11 +43,8 @@ PEAK_TFLOPS = {
     'RTX 3090': (71, 36),
 }
 VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
-
-
 # Seconds that torch.compile takes, and the share of a step's time that it saves: what one expects before it is tried
 COMPILING = {'cuda': (60, 0.2), 'cpu': (60, 0.05)}
-ALONE = Ranks()
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
 
 

@@ -69,6 +69,9 @@ class Ranks:
             errors.heartbeat.entered += 1
 
 
+ALONE = Ranks()
+
+
 def find_ranks() -> Ranks:
     """Read Ranks from the environment variables that torchrun sets."""
     if 'RANK' not in os.environ:
