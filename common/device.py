@@ -14,34 +14,11 @@ import torch
 
 from common.distributed import ALONE, Ranks
 from common.errors import UserError, one_line, say, warn
+from common.machines import CARDS, EMULATED
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# Peak dense TFLOP/s by device name, from the data sheets: (bfloat16 and float16, float32 or TF32 if the device has it).
-# The longest name that occurs as whole words in the device's own name applies; a device with a word of VARIANTS in its
-# name is slower or faster than that, so its peak is unknown.
-PEAK_TFLOPS = {
-    'B200': (2250, 1125),
-    'GH200': (989, 494),
-    'H200': (989, 494),
-    'H100 NVL': (835, 417),
-    'H100 PCIe': (756, 378),
-    'H100': (989, 494),
-    'A100': (312, 156),
-    'A30': (165, 82),
-    'A10G': (70, 35),
-    'A10': (125, 62),
-    'L40S': (362, 183),
-    'L40': (181, 90),
-    'L4': (121, 60),
-    'V100': (125, 15.7),
-    'T4': (65, 8.1),
-    'RTX 6000 Ada': (364, 182),
-    'RTX A6000': (155, 77),
-    'RTX 5090': (209, 105),
-    'RTX 4090': (165, 83),
-    'RTX 3090': (71, 36),
-}
+# A device with one of these words in its name is slower or faster than the card of that name: its peak is unknown
 VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
 # Seconds that torch.compile takes, and the share of a step's time that it saves: what one expects before it is tried
 COMPILING = {'cuda': (60, 0.2), 'cpu': (60, 0.05)}
@@ -147,14 +124,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """peak_flops of a device that CUDA calls `name`, such as 'NVIDIA H100 80GB HBM3'."""
-    matches = [known for known in PEAK_TFLOPS if re.search(rf'(?<![A-Za-z0-9]){known}(?![A-Za-z0-9])', name)]
+    matches = [row for row in CARDS.values() if re.search(rf'(?<![A-Za-z0-9]){row.cuda}(?![A-Za-z0-9])', name)]
     if not matches or VARIANTS.search(name):
         return None
-    known = max(matches, key=len)
-    if known in ('V100', 'T4') and dtype == torch.bfloat16:  # emulated there
+    row = max(matches, key=lambda row: len(row.cuda))  # 'H100 PCIe' rather than 'H100'
+    if row.cuda in EMULATED and dtype == torch.bfloat16:
         return None
-    half, single = PEAK_TFLOPS[known]
-    return 1e12 * (single if dtype == torch.float32 else half)
+    return 1e12 * (row.single if dtype == torch.float32 else row.half)
 
 
 def peak_memory(device: torch.device) -> int | None:
