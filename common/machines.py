@@ -105,8 +105,8 @@ def interpolate(curve: tuple, x: float) -> float:
 # PCIe has 64 (https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests).
 EFFICIENCY = {
     'volta': {'products': 0.6, 'attention': 0.3, 'stream': 0.8, 'exchange': 0.75},  # also Turing: no FlashAttention-2
-    'ampere': {'products': 0.75, 'attention': 0.8, 'stream': 0.85, 'exchange': 0.75},  # also Ada, and unknown cards
-    'hopper': {'products': 0.65, 'attention': 0.55, 'stream': 0.85, 'exchange': 0.75},  # also Blackwell, MI300X
+    'ampere': {'products': 0.7, 'attention': 0.8, 'stream': 0.85, 'exchange': 0.75},  # also Ada, and unknown cards
+    'hopper': {'products': 0.6, 'attention': 0.55, 'stream': 0.85, 'exchange': 0.75},  # also Blackwell, MI300X
 }
 # 5 to 25 microseconds: https://jiahuanglin.xyz/all_lessons/gpu_kernel_serving/18_pytorch_to_kernel.html
 OP_SECONDS = 10e-6  # assumed
