@@ -302,7 +302,7 @@ def seconds_of(work: Counter, machine: Machine, dtype: str, compiled: bool) -> C
         if item.kind == 'product':
             seconds['products'] += times * max(moved, item.flops / machine.product_flops(precision, item.size))
         elif item.kind == 'attention':
-            seconds['attention'] += times * max(moved, item.flops / machine.attention_flops(precision))
+            seconds['attention'] += times * max(moved, item.flops / machine.attention_flops(precision, item.size))
         else:
             seconds['memory'] += times * moved
     return seconds

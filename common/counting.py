@@ -27,9 +27,9 @@ class Work(NamedTuple):
         all the streams between two of the others once more, as one operation: it reads what came from outside, and
         writes what is still there at its end.
     dtype: of its numbers, such as 'bfloat16'.
-    flops: of a product or of attention: there of all keys, though a causal kernel skips those that no query sees.
+    flops: of a product or of attention: there of the keys that a query sees, see Machine.attention_flops.
     nbytes: read and written.
-    size: the smallest dimension of a product, else 0.
+    size: the smallest dimension of a product, the keys of attention, else 0.
     """
 
     kind: str
@@ -139,9 +139,10 @@ def work_of(operation, args, kwargs, read: list, written: list) -> Work:
     dtype = str(max((*written, *read), key=lambda tensor: tensor.numel()).dtype).removeprefix('torch.')
     if name.startswith('_scaled_dot_product'):
         backward = name.endswith('backward')
-        q, k = [tensor for tensor in read if tensor.dim() == 4][backward : 2 + backward]
-        flops = (8 if backward else 4) * q.numel() * k.size(-2)
-        return Work('attention', dtype, flops, nbytes, 0)
+        q, k = [tensor for tensor in read if tensor.dim() == 4][backward : 2 + backward]  # (B, nh, T, hs), (B, nkv, S, hs)
+        causal = any(value is True for value in (*args, kwargs.get('is_causal')))
+        flops = (10 if backward else 4) * q.numel() * k.size(-2) / (2 if causal else 1)
+        return Work('attention', dtype, flops, nbytes, k.size(-2))
     if name in ('mm', 'addmm', 'bmm', 'baddbmm'):
         a, b = [tensor for tensor in read if tensor.dim() >= 2][-2:]
         sizes = (*a.shape[-2:], b.size(-1))

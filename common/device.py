@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 from common.distributed import ALONE, Ranks
 from common.errors import UserError, one_line, say, warn
-from common.machines import CARDS, EMULATED
+from common.machines import CARDS, EMULATED, read_machine
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -22,6 +23,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 VARIANTS = re.compile(r'Laptop|Max-Q|MIG|\bTi\b|SUPER|GRID')
 # Seconds that torch.compile takes, and the share of a step's time that it saves: what one expects before it is tried
 COMPILING = {'cuda': (60, 0.2), 'cpu': (60, 0.05)}
+MACHINE_FILE = 'machine.json'  # written by plan.py --measure=True, read in the current folder
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
 
 
@@ -133,6 +135,19 @@ def named_peak_flops(name: str, dtype: torch.dtype) -> float | None:
     return 1e12 * (row.single if dtype == torch.float32 else row.half)
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called: by CUDA, by the system for a processor, with the number of threads that torch uses."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:  # Linux on x86
+            name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
+    except OSError:
+        pass
+    return f'{name}, GPU' if device.type == 'mps' else f'{name}, {torch.get_num_threads()} threads'
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Peak memory of this process in bytes: allocated on a CUDA device, else resident on the host; None on Windows."""
     if device.type == 'cuda':
@@ -186,8 +201,9 @@ def compile_or_stay_eager(
         )
         return False
     if calls is not None:
-        takes, saves = COMPILING['cuda' if device.type == 'cuda' else 'cpu']
-        least = takes / saves / max(calls, 1)  # seconds per call from which on it pays
+        # the ranks' mean, since they must decide alike, and may read different files
+        takes, saves = (total / ranks.world_size for total in ranks.sum(list(expected_of_compiling(device))))
+        least = takes / saves / max(calls, 1) if saves > 0 else math.inf  # seconds per call from which on it pays
         eager = seconds_per_call(trial, device, ranks, least) if calls else 0
         if eager <= least:
             say(f'not compiling the model, as this takes longer than it saves in {calls * eager:,.0f} s of training')
@@ -218,6 +234,19 @@ def compile_or_stay_eager(
             module._compiled_call_impl = None  # set by Module.compile(), which has no public inverse
             module.zero_grad(set_to_none=True)
     return worked
+
+
+def expected_of_compiling(device: torch.device) -> tuple[float, float]:
+    """Seconds that torch.compile takes, and the share of a step that it saves: as MACHINE_FILE has it measured on this
+    device, otherwise what is usual. A file that is damaged, or of another machine, does not count."""
+    if os.path.exists(MACHINE_FILE):
+        try:
+            machine = read_machine(MACHINE_FILE)
+            if machine.compiling and (machine.kind, machine.name) == (device.type, device_name(device)):
+                return machine.compiling['takes'], machine.compiling['saves']
+        except UserError as error:
+            warn(f'--compile=auto goes by what is usual: {error}')
+    return COMPILING['cuda' if device.type == 'cuda' else 'cpu']
 
 
 def seconds_per_call(trial: Callable[[], object], device: torch.device, ranks: Ranks, enough: float = 0.0) -> float:

@@ -24,6 +24,7 @@ from common.files import replace
 KINDS = ('cuda', 'cpu', 'mps')
 DTYPE_NAMES = ('float32', 'bfloat16', 'float16')
 PARTS = ('products', 'attention', 'stream', 'exchange')  # keys of Machine.efficiency
+COMPILING = ('takes', 'saves')  # keys of Machine.compiling, if there are any
 MEASURED = dict.fromkeys(PARTS, 1.0)
 MAX_FILE, MAX_LIST, MAX_TEXT = 2**20, 1000, 500  # bytes, entries and characters: more is not a machine file
 
@@ -34,9 +35,9 @@ class Machine:
 
     name: str  # 'H100 SXM 80GB', 'AMD EPYC 7B13, 2 threads'
     kind: str  # 'cuda', 'cpu', 'mps'
-    memory: float  # bytes per device that training may use; a data sheet's includes what the CUDA context takes
+    memory: float  # bytes per device that training may use; by a data sheet, with what the CUDA context takes
     products: dict  # dtype name -> ((smallest dimension of a matrix product, FLOP/s), …), ascending
-    attention: dict  # dtype name -> FLOP/s of causal attention, forward and backward, see attention_flops; {}: unknown
+    attention: dict  # dtype name -> ((keys, FLOP/s of causal attention), …), see attention_flops; {}: unknown
     stream: tuple  # ((bytes that one operation reads and writes, bytes/s), …), ascending
     op_seconds: float  # host time to issue one operation eagerly; on a CPU, what it takes beyond its work
     overlaps: bool  # the host runs ahead of the device, as with CUDA
@@ -52,6 +53,11 @@ class Machine:
     steps: tuple = ()  # measured training steps, see measuring.measure_steps: dicts with 'seconds', 'batch_size', …
     kernels: dict = field(default_factory=dict)  # seconds of each attention kernel that was compared
 
+    @property
+    def measured(self) -> bool:
+        """Was it measured? Then memory is what was free beside the CUDA context."""
+        return self.efficiency == MEASURED
+
     def product_flops(self, dtype: str, size: int) -> float:
         """FLOP/s of matrix products in a dtype ('bfloat16', …) whose smallest dimension is `size`.
 
@@ -60,21 +66,23 @@ class Machine:
         self.require_dtype(dtype)
         return self.efficiency['products'] * interpolate(self.products[dtype], size)
 
-    def attention_flops(self, dtype: str) -> float:
-        """FLOP/s of causal attention, forward and backward together, counted as GPT.flops_per_token counts: 12 per
-        query, channel of a head and position of the whole sequence, whether or not a query sees it. So a kernel that
-        skips what is masked can exceed the peak of products. Where it is unknown, as products of 64."""
+    def attention_flops(self, dtype: str, keys: int = 1024) -> float:
+        """FLOP/s of causal attention over so many keys, forward and backward together; unknown, as of products of 64.
+
+        Counted as in the papers on FlashAttention: per channel of a head, query and key that it sees 4 operations
+        forward and 10 backward, which computes the weights again.
+        """
         self.require_dtype(dtype)
         if dtype not in self.attention:
             return self.product_flops(dtype, 64)
-        return self.efficiency['attention'] * self.attention[dtype]
+        return self.efficiency['attention'] * interpolate(self.attention[dtype], keys)
 
     def stream_speed(self, n_bytes: float) -> float:
         """Bytes/s of an element-wise operation that reads and writes so many bytes together."""
         return self.efficiency['stream'] * interpolate(self.stream, n_bytes)
 
     def exchange_speed(self, between_nodes: bool = False) -> float:
-        """Bytes/s per device of a large collective: of all-reduce, 2 (n - 1) / n times its bytes pass each device."""
+        """Bytes/s that a device sends in a large collective; in all-reduce among n, 2 (n - 1) / n times its bytes."""
         return self.efficiency['exchange'] * (self.network if between_nodes else self.link)
 
     def require_dtype(self, dtype: str):
@@ -99,14 +107,14 @@ def interpolate(curve: tuple, x: float) -> float:
 # test: they reach 62% of the peak on A100 80GB (MPT 3B, sequences of 2048; 45% with 125M), 46% on H100 SXM (7B), by
 # https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md; 58% on A100 and 33 to 39% on
 # H100 at 500 W (Llama 3 8B), by https://github.com/pytorch/torchtitan/tree/main/docs/performance.md and benchmarks/.
-# Attention: FlashAttention-2 reaches 50 to 73% of an A100's peak (arXiv 2307.08691) and 35% of an H100's (arXiv
-# 2407.08608), forward, counting half of the square; here the whole counts, and the backward pass is slower.
+# Attention: FlashAttention-2 reaches 50 to 73% of an A100's peak, forward (arXiv 2307.08691), and 35% of an H100's
+# (arXiv 2407.08608).
 # Exchange: all-reduce among 8 has a bus bandwidth of 230 to 250 GB/s where NVLink has 300 one way, and 35 to 45 where
 # PCIe has 64 (https://docs.alayanew.com/en/docs/tech-blog/2026-05-06-nccl-tests).
 EFFICIENCY = {
-    'volta': {'products': 0.6, 'attention': 0.3, 'stream': 0.8, 'exchange': 0.75},  # also Turing: no FlashAttention-2
-    'ampere': {'products': 0.7, 'attention': 0.8, 'stream': 0.85, 'exchange': 0.75},  # also Ada, and unknown cards
-    'hopper': {'products': 0.6, 'attention': 0.55, 'stream': 0.85, 'exchange': 0.75},  # also Blackwell, MI300X
+    'volta': {'products': 0.6, 'attention': 0.2, 'stream': 0.8, 'exchange': 0.75},  # also Turing: no FlashAttention-2
+    'ampere': {'products': 0.7, 'attention': 0.5, 'stream': 0.85, 'exchange': 0.75},  # also Ada, and unknown cards
+    'hopper': {'products': 0.6, 'attention': 0.35, 'stream': 0.85, 'exchange': 0.75},  # also Blackwell, MI300X
 }
 # 5 to 25 microseconds: https://jiahuanglin.xyz/all_lessons/gpu_kernel_serving/18_pytorch_to_kernel.html
 OP_SECONDS = 10e-6  # assumed
@@ -214,8 +222,8 @@ def from_data_sheet(name: str, row: Card) -> Machine:
         name=name,
         kind='cuda',
         memory=row.memory * 2**30,
-        products={dtype: ((64, peak),) for dtype, peak in flops.items()},
-        attention={dtype: peak for dtype, peak in flops.items() if dtype != 'float32'},
+        products={dtype: ((64.0, peak),) for dtype, peak in flops.items()},
+        attention={dtype: ((1024.0, peak),) for dtype, peak in flops.items() if dtype != 'float32'},
         stream=((1.0, 1e9 * row.bandwidth),),
         op_seconds=OP_SECONDS,
         overlaps=True,
@@ -317,7 +325,7 @@ def number(least: float, most: float, whole: bool = False):
 
 def text(value):
     """A check for a short text without line breaks and control characters, since it is printed."""
-    if not (isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_TEXT):
+    if not (isinstance(value, str) and value.isprintable() and len(value) <= MAX_TEXT):
         raise ValueError
     return value
 
@@ -367,6 +375,11 @@ def whole_numbers(step: dict) -> dict:
     return {key: int(v) if type(v) is float and v.is_integer() else v for key, v in step.items()}
 
 
+def compiling(value):
+    """A check for what torch.compile takes and saves, or an empty object."""
+    return {} if value == {} else table(one_of(*COMPILING), number(-1e6, 1e6), required=COMPILING)(value)
+
+
 positive = number(1e-12, 1e24)
 share = number(1e-6, 1)
 CHECKS = {
@@ -374,7 +387,7 @@ CHECKS = {
     'kind': one_of(*KINDS),
     'memory': positive,
     'products': table(one_of(*DTYPE_NAMES), curve),
-    'attention': table(one_of(*DTYPE_NAMES), positive),
+    'attention': table(one_of(*DTYPE_NAMES), curve),
     'stream': curve,
     'op_seconds': number(0, 1),
     'overlaps': one_of(True, False),
@@ -385,7 +398,7 @@ CHECKS = {
     'watts': number(0, 1e6),
     'efficiency': table(one_of(*PARTS), share, required=PARTS),
     'correction': number(1e-3, 1e3),
-    'compiling': table(one_of('takes', 'saves'), number(-1e6, 1e6)),
+    'compiling': compiling,
     'source': text,
     'steps': measured_steps,
     'kernels': table(text, positive),
