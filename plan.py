@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 
 import torch
 
@@ -29,9 +28,11 @@ from lora import check_lora
 from model import GPTConfig
 from optim import check_optimizer
 from parallel import CHECKPOINTING, PARALLEL, check_parallel
-from planning import PARTS, Split, StepCounter, alternatives, available, largest_planned_batch, make_plan
+from planning import PARTS, Split, StepCounter, alternatives, available, largest_planned_batch, make_plan, peak_memory
 
-on = ''  # a card of common/machines.py, such as 'h100' or 'a100-40', or a machine.json; '': machine.json or the GPU here
+on = (
+    ''  # a card of common/machines.py, such as 'h100' or 'a100-40', or a machine.json; '': machine.json or the GPU here
+)
 devices = 1  # how many of them
 price = 0.0  # of one of them per hour, in any currency; 0: unknown
 hours = 0.0  # say how far the run gets in so many hours; 0: to the end
@@ -98,7 +99,7 @@ def planned_model():
         return GPTConfig(**fields), data, source
 
 
-def planned_split(machine, dtype):
+def planned_split(machine):
     """How the settings split a step -> Split."""
     shard_ranks = settings['shard_ranks'] or min(machine.per_node, devices)
     if settings['parallel'] == 'hsdp' and devices % shard_ranks:
@@ -210,12 +211,16 @@ def report(plan, totals, table, advice):
     for name, row in table.items():
         print('  ' + f'{name:<6}' + ', '.join(f'{c}: {gib(peak)}, {most}' for c, (peak, most) in row.items()))
     spent = ', '.join(f'{kind} {100 * s / plan.step_seconds:.0f}%' for kind, s in plan.seconds.items() if s)
-    efficiency = '' if machine.efficiency['products'] == 1 else ' (shares of the peaks are assumed, see common/machines.py)'
+    efficiency = (
+        '' if machine.efficiency['products'] == 1 else ' (shares of the peaks are assumed, see common/machines.py)'
+    )
     print(
         f'\na step: {duration(plan.step_seconds)}: {spent}{efficiency}\n  {rate * devices:,.0f} tokens/s, '
         f'{100 * rate * flops / peak:.0f}% of the peak; {"compiled" if split.compiled else "not compiled"}'
     )
-    print(f'the run: {duration(totals["seconds"])}, of which evaluation {duration(totals["evaluation seconds"])}', end='')
+    print(
+        f'the run: {duration(totals["seconds"])}, of which evaluation {duration(totals["evaluation seconds"])}', end=''
+    )
     print(f'; {totals["money"]:,.2f} at {price:g} per hour and device' if price else '', end='')
     print(f'; {totals["energy kWh"]:,.1f} kWh' if totals['energy kWh'] else '')
     data_bytes = f', of the data {gib(totals["disk of data"])}' if totals['disk of data'] else ''
@@ -223,7 +228,6 @@ def report(plan, totals, table, advice):
     print('\nadvice:' if advice else '\nadvice: none, this is as good as the settings here allow')
     for line in advice:
         print(f'  {line}')
-
 
 
 def advise(plan):
@@ -243,12 +247,13 @@ def advise(plan):
             + (f', {faster:.2f} times as fast' if plan.fits else '')
         )
     best = next((option for option in (*better, plan) if option.fits), None)
-    if best and best.split.rounds > 1:
-        split = best.split
-        twice = make_plan(counter, machine, split._replace(devices=2 * devices, rounds=-(-split.rounds // 2)))
+    micro_batches = best.split.rounds * devices if best else 0
+    more = next((n for n in range(2 * devices, micro_batches + 1) if micro_batches % n == 0), None)
+    if more:
+        twice = make_plan(counter, machine, best.split._replace(devices=more, rounds=micro_batches // more))
         changes = f'{command_changes(best)} and ' if best is not plan else ''
         lines.append(
-            f'{changes}--devices={2 * devices}: {duration(twice.step_seconds)} per step, '
+            f'{changes}--devices={more}: {duration(twice.step_seconds)} per step, '
             f'{plan.step_seconds / twice.step_seconds:.2f} times as fast as now'
         )
     return lines
@@ -258,7 +263,9 @@ def more_devices(split):
     """A line for a model that fits on no setting of these devices: on how many it would."""
     sequences = split.batch * split.rounds * devices
     for n in (devices * 2**k for k in range(1, 11)):
-        other = split._replace(devices=n, parallel='fsdp', cpu_offload=False, rounds=max(1, sequences // n // split.batch))
+        other = split._replace(
+            devices=n, parallel='fsdp', cpu_offload=False, rounds=max(1, sequences // n // split.batch)
+        )
         for checkpointing in CHECKPOINTING:
             if largest_planned_batch(counter, machine, other._replace(checkpointing=checkpointing)) >= 1:
                 return (
@@ -279,8 +286,10 @@ def draw(path):
     batches = sorted({max(1, round(most * n / 12)) for n in range(1, 13)})
     for checkpointing in CHECKPOINTING:
         splits = [plan.split._replace(batch=batch, checkpointing=checkpointing) for batch in batches]
-        peaks = [max(sum(m.values()) for m in memory_moments(counter, split, exact=False).values()) for split in splits]
-        label = {'none': 'all kept', 'selective': 'selective checkpointing', 'full': 'full checkpointing'}[checkpointing]
+        peaks = [peak_memory(counter, split, exact=False) for split in splits]
+        label = {'none': 'all kept', 'selective': 'selective checkpointing', 'full': 'full checkpointing'}[
+            checkpointing
+        ]
         axes.plot(batches, [peak / 2**30 for peak in peaks], label=label)
     axes.axhline(available(machine) / 2**30, color='black', linestyle='--', label=f'of {machine.name}')
     axes.plot([plan.split.batch], [plan.peak / 2**30], 'o', color='black', label='as planned')
@@ -302,17 +311,65 @@ def draw(path):
     save_figure(axes, path)
 
 
+def measure_here():
+    """Measure this machine, and the largest batch of the recipe on it; write machine.json. A collective."""
+    from measuring import batch_trial, largest_batch, measure
+
+    device, dtype = set_up_device(settings['device'], settings['dtype'], ranks)
+    join_ranks(settings['backend'], device, ranks, settings['timeout'])
+    gpu = device.type == 'cuda'
+
+    def predict(machine, shape, batch):
+        split = Split(batch, compiled=False)
+        return make_plan(StepCounter(shape, settings, dtype, gpu), machine, split).step_seconds
+
+    found = measure(settings, model_config, device, dtype, ranks, predict=predict)
+    if ranks.is_main:
+        write_machine(machine_file, found)
+        say(f'a real step takes {found.correction:.2f} of what these figures predict; wrote {machine_file}')
+        counted = StepCounter(model_config, settings, dtype, gpu)
+        guess = largest_planned_batch(counted, found, Split(1, compiled=False))
+        most = largest_batch(batch_trial(settings, model_config, device, dtype), 2**16, guess)
+        say(f'the largest --batch_size that fits is {most}; {guess} was predicted')
+    if not ranks.is_main:
+        end(ranks)
+    return found
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 model_config, data, source = planned_model()
 data_tokens = len(data.tokens('train')) if data else train_tokens or None
 val_tokens = len(data.tokens('val')) if data else None
 ranks = find_ranks()
-if measure:
-    from measuring import measure as measure_machine
-
-    device, dtype = set_up_device(settings['device'], settings['dtype'], ranks)
-    join_ranks(settings['backend'], device, ranks, settings['timeout'])
-    write_measured(device, dtype)
-machine = planned_machine()
+machine = measure_here() if measure else planned_machine()
 check_global_batch({**settings, 'eval_only': False}, devices)
+dtype_name = settings['dtype']
+if dtype_name == 'auto':
+    dtype_name = 'float32' if machine.kind != 'cuda' else 'bfloat16' if 'bfloat16' in machine.products else 'float16'
+require({'dtype': dtype_name}, 'dtype', f'auto, {", ".join(DTYPES)}', lambda v: v in DTYPES)
+machine.require_dtype(dtype_name)
 split = planned_split(machine)
+counter = StepCounter(model_config, settings, DTYPES[dtype_name], gpu=machine.kind == 'cuda')
+parameters = parameters_by_part(counter.weights)
+plan = make_plan(counter, machine, split)
+totals = run_totals(plan)
+table = {}
+for parallel in PARALLEL if devices > 1 else ('ddp',):
+    if parallel != 'hsdp' or 1 < split.shard_ranks < devices:
+        table[parallel] = {}
+        for checkpointing in CHECKPOINTING:
+            other = split._replace(parallel=parallel, checkpointing=checkpointing, cpu_offload=False)
+            most = largest_planned_batch(counter, machine, other)
+            table[parallel][checkpointing] = peak_memory(counter, other), most
+advice = advise(plan)
+if json_output:
+    result = {'machine': machine.name, 'parameters': parameters, 'fits': plan.fits, 'moment': plan.moment}
+    result |= {'available_bytes': available(machine), 'memory_bytes': plan.memory, 'seconds_per_step': plan.seconds}
+    result |= {'run': totals, 'batches': table, 'advice': advice}
+    print(json.dumps(result))
+else:
+    report(plan, totals, table, advice)
+if plot:
+    draw(plot)
+if measure:
+    end(ranks)

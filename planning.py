@@ -167,7 +167,10 @@ class StepCounter:
             cut('embedding backward')
             if 'layer backward' not in found:
                 rest = found['embedding backward']
-                found |= {'layer backward': rest, 'embedding backward': Stretch(rest.end, rest.end, rest.end, Counter())}
+                found |= {
+                    'layer backward': rest,
+                    'embedding backward': Stretch(rest.end, rest.end, rest.end, Counter()),
+                }
         return found
 
     def count_weights(self) -> Weights:
@@ -263,6 +266,11 @@ def memory_moments(counter: StepCounter, split: Split, exact: bool = True) -> di
     return moments
 
 
+def peak_memory(counter: StepCounter, split: Split, exact: bool = True) -> float:
+    """Bytes of all tensors of a device at the moment when memory is fullest. exact: see StepCounter.stretches."""
+    return max(sum(memory.values()) for memory in memory_moments(counter, split, exact).values())
+
+
 def available(machine: Machine) -> float:
     """Bytes of a device that tensors can fill."""
     return USABLE * (machine.memory - CONTEXT_BYTES) if machine.kind == 'cuda' else machine.memory
@@ -272,8 +280,7 @@ def largest_planned_batch(counter: StepCounter, machine: Machine, split: Split) 
     """The largest batch that fits, 0 if not even one sequence does."""
 
     def fits(batch):
-        moments = memory_moments(counter, split._replace(batch=batch), exact=False)
-        return max(sum(memory.values()) for memory in moments.values()) <= available(machine)
+        return peak_memory(counter, split._replace(batch=batch), exact=False) <= available(machine)
 
     if not fits(1):
         return 0

@@ -6,8 +6,8 @@
         loss = model(x)
         forward = count.cut()              # a Stretch: memory at its start, peak and end, and the work in between
 
-The program itself runs, its own code with autograd's and the optimizer's, so nothing about it has to be known here. What
-a kernel takes for itself while it runs (the scratch space of a product) is not seen.
+The program itself runs, its own code with autograd's and the optimizer's, so nothing about it has to be known here.
+What a kernel takes for itself while it runs (the scratch space of a product) is not seen.
 """
 
 import math
@@ -54,7 +54,7 @@ class Stretch(NamedTuple):
 
 
 class Count(TorchDispatchMode):
-    """Counts the operations while it is active. live, peak: bytes of all tensors now, and at most since the last cut."""
+    """Counts operations while it is active. live, peak: bytes of all tensors now, and at most since the last cut."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,9 @@ def work_of(operation, args, kwargs, read: list, written: list) -> Work:
     dtype = str(max((*written, *read), key=lambda tensor: tensor.numel()).dtype).removeprefix('torch.')
     if name.startswith('_scaled_dot_product'):
         backward = name.endswith('backward')
-        q, k = [tensor for tensor in read if tensor.dim() == 4][backward : 2 + backward]  # (B, nh, T, hs), (B, nkv, S, hs)
+        q, k = [tensor for tensor in read if tensor.dim() == 4][
+            backward : 2 + backward
+        ]  # (B, nh, T, hs), (B, nkv, S, hs)
         causal = any(value is True for value in (*args, kwargs.get('is_causal')))
         flops = (10 if backward else 4) * q.numel() * k.size(-2) / (2 if causal else 1)
         return Work('attention', dtype, flops, nbytes, k.size(-2))
