@@ -1,6 +1,6 @@
 """Before the run: will it fit, how long will it take, what does it cost? On any machine, in seconds, without a GPU.
 
-python plan.py config/train_gpt2.py --on=h100 --devices=8                     the very recipe, all of train.py's settings
+python plan.py config/train_gpt2.py --on=h100 --devices=8                    the very recipe, all of train.py's settings
 python plan.py config/train_gpt2.py --on=a100-40 --devices=8 --price=1.5 --hours=24     money; how far a day gets
 python plan.py config/train_gpt2.py --on=4090 --n_layer=24 --plot=plan.png    memory against batch, time against devices
 python plan.py config/train_gpt2.py --peak_tflops=200 --memory_gb=24 --bandwidth=900    a card that is not in the table
@@ -16,7 +16,7 @@ import os
 
 import torch
 
-from common.device import DTYPES, pick_device, pick_dtype, set_up_device
+from common.device import DTYPES, set_up_device
 from common.distributed import end, find_ranks, join_ranks
 from common.errors import UserError, say, user_errors
 from common.figure import new_figure, save_figure
@@ -27,7 +27,7 @@ from loading import SHAPE, model_vocab_size, open_model
 from lora import check_lora
 from model import GPTConfig
 from optim import check_optimizer
-from parallel import CHECKPOINTING, PARALLEL, check_parallel
+from parallel import CHECKPOINTING, PARALLEL
 from planning import PARTS, Split, StepCounter, alternatives, available, largest_planned_batch, make_plan, peak_memory
 
 on = (
@@ -79,7 +79,7 @@ def planned_machine():
 
 
 def planned_model():
-    """The model that train.py would make -> GPTConfig, the data set or None, and where the vocabulary's size is from."""
+    """The model that train.py would make -> GPTConfig, the data set or None, where the vocabulary's size is from."""
     folder = os.path.join('data', dataset_name(settings['dataset']))
     prepared = any(os.path.exists(os.path.join(folder, name)) for name in ('train.bin', 'train_000.bin'))
     data = DataSet(settings['dataset']) if prepared else None
@@ -270,7 +270,7 @@ def more_devices(split):
             if largest_planned_batch(counter, machine, other._replace(checkpointing=checkpointing)) >= 1:
                 return (
                     f'on {devices} x {machine.name} nothing fits; on {n} it does: --devices={n} --parallel=fsdp '
-                    f'--activation_checkpointing={checkpointing} --batch_size=1; or take a smaller --block_size, n_layer or n_embd'
+                    f'--activation_checkpointing={checkpointing} --batch_size=1; or take a smaller model'
                 )
     return f'not even one sequence of {model_config.block_size} tokens fits: take a smaller --block_size'
 

@@ -4,13 +4,13 @@
     plan = make_plan(counter, machine, Split(devices=8))         memory and seconds of a step, by part
 
 Memory is counted: a step of the model with one layer runs, forward, backward and optimizer, on shapes alone, and what
-the layer does is repeated n_layer times. Time is estimated: each operation takes as long as its arithmetic or its bytes,
-whichever is more, on a machine of which common/machines.py knows what it can do ("roofline", Williams et al. 2009). What
-devices send one another follows from what parallel.py makes them do. docs/planning.md compares both with measurements.
+the layer does is repeated n_layer times. Time is estimated: each operation takes as long as its arithmetic or its
+bytes, whichever is more, on a machine of which common/machines.py knows what it can do ("roofline", Williams et al.
+2009). What devices send one another follows from what parallel.py makes them do. docs/planning.md compares both with
+measurements.
 """
 
 import dataclasses
-import math
 from collections import Counter
 from typing import NamedTuple
 
