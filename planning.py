@@ -11,6 +11,7 @@ measurements.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from parallel import CHECKPOINTING, PARALLEL, checkpoint_activations
 
 CONTEXT_BYTES = 0.8e9  # of a GPU, for CUDA's context and its libraries' workspaces: no tensor gets it
 USABLE = 0.95  # share of the rest that tensors can fill, since the allocator leaves gaps
-FUSED = 1.5  # times the bytes of perfect fusion that the kernels of torch.compile move, see docs/planning.md
+FUSED = 1.6  # times the bytes of perfect fusion that the kernels of torch.compile move, see docs/planning.md
 BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at a time
 MAX_CHUNKS = 32  # of the loss, that are counted one by one; with more, a step is extrapolated from smaller ones
 PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'sharding', 'temporary')
@@ -112,8 +113,8 @@ class StepCounter:
         if key in self.known:
             return self.known[key]
         at_once = MAX_LOGITS / (self.model_config.vocab_size * self.model_config.block_size)  # sequences of a chunk
-        in_chunks = int(at_once) + 1  # the smallest batch whose loss is computed in chunks: another line begins there
-        low = in_chunks if batch >= in_chunks else 1
+        # a loss in chunks is another line, and a short last one must not matter
+        low = math.ceil(3 * at_once) if batch > at_once else 1
         if batch <= 2 * low or exact and batch <= MAX_CHUNKS * at_once:
             self.known[key] = self.count_micro_batch(*key)
             return self.known[key]
