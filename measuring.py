@@ -540,20 +540,18 @@ def answer_of(child: subprocess.Popen, seconds: float):
     raise RuntimeError(f'a child process failed with status {child.returncode}:\n{errors}')
 
 
-def main():
-    """Answer one request, as a child process."""
-    install_error_handling()
-    request = json.load(sys.stdin)
-    task = {'steps': make_steps, 'exchange': exchange}[request.pop('task')]
+def answer(request: dict):
+    """Do what a request asks, in this process -> the answer, None if the memory does not suffice."""
+    task = {'steps': make_steps, 'exchange': exchange}[request['task']]
     try:
-        answer = task(**request)
+        return task(**{key: value for key, value in request.items() if key != 'task'})
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        answer = None
-    print('\n' + json.dumps(answer), flush=True)
-    os._exit(0)  # threads of gloo sometimes abort the interpreter's end; an answer is an answer
+        return None
 
 
 if __name__ == '__main__':
-    main()
+    install_error_handling()
+    print('\n' + json.dumps(answer(json.load(sys.stdin))), flush=True)
+    os._exit(0)  # threads of gloo sometimes abort the interpreter's end
