@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -71,11 +72,11 @@ def measure(
     with_compiling: measure torch.compile too, which takes a minute; None: on CUDA.
     predict: see calibrated(); None: leave the machine as measured.
     """
-    name, figure = str(dtype).removeprefix('torch.'), seconds / 40  # there are some 20 figures; the rest is for steps
+    name, figure = str(dtype).removeprefix('torch.'), seconds / 60  # there are some 25 figures; the rest is for steps
     use_onednn_products(device, model_config.block_size)
-    memory = min(ranks.gather(available_memory(device) * SPARE))
+    memory = min(ranks.gather(available_memory(device)))
     if device.type == 'cpu':
-        memory /= int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks share it
+        memory *= SPARE / int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks share it
     products = measure_products(device, dtype, figure)
     say(f'products in {name}, GFLOP/s: ' + ', '.join(f'{size:g}: {flops / 1e9:,.0f}' for size, flops in products))
     stream = measure_stream(device, figure)
@@ -235,7 +236,8 @@ def compare_kernels(model_config: GPTConfig, batch_size: int, device, dtype, sec
             if kernel == 'math' and heads * T * T > MAX_SCORES or not hasattr(SDPBackend, backend):
                 continue
             try:
-                with sdpa_kernel([getattr(SDPBackend, backend)]):
+                with sdpa_kernel([getattr(SDPBackend, backend)]), warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # torch says at length why a kernel does not apply
                     found[f'{kernel}, {channels} channels'] = seconds_of(work, device, seconds)
             except RuntimeError:  # this device, shape or dtype has no such kernel, or no memory for it
                 pass
@@ -353,15 +355,25 @@ def with_steps(machine, config, model_config, device, dtype, seconds: float, wit
                 break
             steps.append(step)
             say(f'a step with --batch_size={batch_size}: {step["seconds"]:.3f} s, {step["peak_bytes"] / 1e9:.2f} GB')
-        compiled = run(steps[-1]['batch_size'], seconds, compiled=True) if steps and with_compiling else None
+        compiled = compiled_step(run, steps[-1]['batch_size'], seconds) if steps and with_compiling else None
         if compiled:
-            steps.append(compiled)
-            takes, saves = compiled['first_seconds'], 1 - compiled['seconds'] / steps[-2]['seconds']
+            takes, saves = compiled['first_seconds'], 1 - compiled['seconds'] / steps[-1]['seconds']
+            say(f'torch.compile takes {takes:.0f} s and saves {100 * saves:.0f}% of it')
             compiling = {'takes': takes, 'saves': saves}
-            say(f'torch.compile takes {takes:.0f} s and saves {100 * saves:.0f}% of a step')
+            steps.append(compiled)
     except TimeoutError as error:
         warn(f'training steps are not measured to their end: {error}')
     return dataclasses.replace(machine, steps=tuple(steps), compiling=compiling)
+
+
+def compiled_step(run: Callable, batch_size: int, seconds: float) -> dict | None:
+    """What run() finds of compiled steps, None where torch.compile does not work. run: from batch_runner."""
+    say('compiling, this can take a minute ...')
+    try:
+        return run(batch_size, seconds, compiled=True)
+    except RuntimeError as error:  # the child's last words: compilers, linkers and drivers raise anything
+        warn(f'torch.compile does not work here ({one_line(str(error).splitlines()[-1], 150)})')
+        return None
 
 
 def batch_runner(config: dict, model_config: GPTConfig, device, dtype, limit: float | None = None) -> Callable:

@@ -367,6 +367,46 @@ def test_correction(tmp_path):
 
 
 @pytest.mark.parametrize(
+    'outcomes, sizes, compiling, warning',
+    [
+        ([2.0, 4.0, 3.0], [4, 8, 8], {'takes': 30.0, 'saves': 0.25}, ''),
+        (
+            [2.0, 4.0, RuntimeError('Traceback\nno compiler')],
+            [4, 8],
+            {},
+            'torch.compile does not work here (no compiler)',
+        ),
+        ([2.0, None, 3.0], [4, 4], {'takes': 30.0, 'saves': -0.5}, '--batch_size=8 does not fit'),
+        ([None], [], {}, '--batch_size=4 does not fit'),
+        ([2.0, TimeoutError('too slow')], [4], {}, 'not measured to their end: too slow'),
+    ],
+)
+def test_whatever_steps_do(outcomes, sizes, compiling, warning, monkeypatch, capsys):
+    """Steps that fit or do not, that take too long, and compilers that do not work."""
+    results = iter(outcomes)
+
+    def run(batch_size, seconds, compiled=False):
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        step = {
+            'seconds': result,
+            'first_seconds': 30.0,
+            'batch_size': batch_size,
+            'peak_bytes': 1,
+            'compiled': compiled,
+        }
+        return result and step
+
+    monkeypatch.setattr(measuring, 'batch_runner', lambda *_: run)
+    config = {**SETTINGS, 'batch_size': 8}
+    machine = measuring.with_steps(example(), config, SHAPE, CPU, torch.float32, 1e9, with_compiling=True)
+    assert [step['batch_size'] for step in machine.steps] == sizes and machine.compiling == compiling
+    warned = capsys.readouterr().err
+    assert warned.count('\n') == bool(warning) and warning in warned
+
+
+@pytest.mark.parametrize(
     'options',
     [
         {},
