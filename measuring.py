@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.attention import attend
 from common.cpu import use_onednn_products
 from common.device import autocast, device_name, peak_memory, set_up_device, synchronize
-from common.distributed import ALONE, Ranks
+from common.distributed import ALONE, Ranks, waiting_limit
 from common.errors import UserError, install_error_handling, one_line, say, warn
 from common.machines import MEASURED, Machine, card, own_card
 from common.memory import available_memory, limit_memory, resident_bytes
@@ -49,7 +49,8 @@ TOKENS = {'cuda': 8192, 'cpu': 2048, 'mps': 2048}  # rows of a product, as of a 
 MAX_SCORES = 2**27  # queries times keys of all heads: attention that keeps them all has memory for so many
 KERNELS = {'flash': 'FLASH_ATTENTION', 'efficient': 'EFFICIENT_ATTENTION', 'cudnn': 'CUDNN_ATTENTION', 'math': 'MATH'}
 SPARE = 0.97  # of the available memory: a child takes no more, so that nothing else has to give way
-CHILD_SECONDS = 240  # a child that takes longer is given up; ranks that wait for it wait for 560
+CHILD_SECONDS = 180  # a child that takes longer is given up; ranks wait for three of them, at most 560 s
+TRIAL_SECONDS = 900  # the same for a batch that is tried
 KILLED = ('SIGKILL', 'SIGABRT', 'SIGSEGV', 'SIGBUS')  # how a process without memory ends if it cannot say so
 NO_MEMORY = re.compile('memory|bad_alloc|could not create a primitive|start new thread', re.IGNORECASE)  # or can
 
@@ -94,7 +95,7 @@ def measure(
         attention={name: attention},
         stream=stream,
         op_seconds=measure_op_seconds(device, figure),
-        overlaps=device.type == 'cuda',
+        overlaps=device.type != 'cpu',
         correction=1.0,
         compiling={},
         source=f'plan.py --measure=True on {date.today()}, torch {torch.__version__}',
@@ -276,7 +277,7 @@ def measure_exchange(device, ranks: Ranks, seconds: float) -> dict:
         network, latency = bus_speed(device, seconds)
         link = network
         if 1 < local < ranks.world_size:
-            node, _ = dist.new_subgroups(local)
+            node, _ = dist.new_subgroups(local, timeout=waiting_limit(600))
             link, _ = bus_speed(device, seconds, node)
         rest = {'per_node': local, 'watts': 0.0, 'efficiency': MEASURED}
         return {'link': link, 'network': network, 'exchange_seconds': latency, **rest}
@@ -376,11 +377,14 @@ def compiled_step(run: Callable, batch_size: int, seconds: float) -> dict | None
         return None
 
 
-def batch_runner(config: dict, model_config: GPTConfig, device, dtype, limit: float | None = None) -> Callable:
+def batch_runner(
+    config: dict, model_config: GPTConfig, device, dtype, limit: float | None = None, most: float = CHILD_SECONDS
+) -> Callable:
     """A function (batch size, seconds, compiled=False) that makes training steps in a child process -> a dict with
-    'seconds', 'peak_bytes' and the shape, None if the memory does not suffice. TimeoutError after CHILD_SECONDS.
+    'seconds', 'peak_bytes' and the shape, None if the memory does not suffice.
 
-    limit: bytes that a child may take; None: nearly all that is free at the time.
+    limit: bytes that a child may take; None: nearly all that is free at the time. most: seconds after which it is given
+    up, with TimeoutError.
     """
     settings = {**getattr(config, 'recipe', {}), **config, 'parallel': 'ddp', 'cpu_offload': False}
     settings = {key: value for key, value in settings.items() if type(value) in (str, int, float, bool)}
@@ -398,7 +402,7 @@ def batch_runner(config: dict, model_config: GPTConfig, device, dtype, limit: fl
             torch.cuda.empty_cache()
         least = available_memory(device) * SPARE if limit is None else limit
         rest = {'batch_size': batch_size, 'seconds': seconds, 'compiled': compiled, 'limit': least}
-        return answers_of([{**request, **rest}])[0]
+        return answers_of([{**request, **rest}], most)[0]
 
     return run
 
@@ -494,7 +498,7 @@ def batch_trial(config: dict, model_config: GPTConfig, device, dtype, limit: flo
 
     limit: bytes that the child may take; None: nearly all that is free at the time.
     """
-    run = batch_runner(config, model_config, device, dtype, limit)
+    run = batch_runner(config, model_config, device, dtype, limit, TRIAL_SECONDS)
 
     def fits(batch_size):
         try:
@@ -511,10 +515,10 @@ def batch_trial(config: dict, model_config: GPTConfig, device, dtype, limit: flo
 # --- child processes --------------------------------------------------------------------------------------------------
 
 
-def answers_of(requests: list[dict]) -> list:
+def answers_of(requests: list[dict], seconds: float = CHILD_SECONDS) -> list:
     """Answer each request in a child process of its own, all at once -> their answers, None for want of memory.
 
-    UserError for a mistake that a child reports, TimeoutError after CHILD_SECONDS, RuntimeError for any other failure.
+    UserError for a mistake that a child reports, TimeoutError after so many seconds, RuntimeError for other failures.
     """
     # torchrun's variables make a process one of its ranks
     env = {
@@ -529,7 +533,7 @@ def answers_of(requests: list[dict]) -> list:
             child.stdin.write(json.dumps(request))
             child.stdin.close()
             child.stdin = None  # communicate() would flush it
-        deadline = time.monotonic() + CHILD_SECONDS
+        deadline = time.monotonic() + seconds
         return [answer_of(child, deadline - time.monotonic()) for child in children]
     finally:
         for child in children:
@@ -542,7 +546,7 @@ def answer_of(child: subprocess.Popen, seconds: float):
     try:
         output, errors = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f'it takes more than {CHILD_SECONDS} s') from None
+        raise TimeoutError('it takes too long') from None
     if child.returncode == 0:
         return json.loads(output.splitlines()[-1])
     if child.returncode in [-getattr(signal, name, 0) for name in KILLED]:

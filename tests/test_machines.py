@@ -240,7 +240,7 @@ def forked_children(monkeypatch):
     """Answer measuring's requests in forks rather than in processes of their own -> the requests."""
     requests = []
 
-    def answers_of(new):
+    def answers_of(new, seconds=0):
         requests.extend(new)
         children, fork = [], multiprocessing.get_context('fork')
         for request in new:
@@ -283,6 +283,21 @@ def test_measuring_this_machine(forked_children, small, tmp_path, capsys):
     assert said.err == '' and len(said.out.splitlines()) == 7
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device here')
+def test_measuring_a_gpu(tmp_path):
+    """All of it; and a batch that does not fit leaves this process as it was."""
+    device, dtype = devices.set_up_device('cuda', 'auto')
+    machine = measuring.measure(SETTINGS, SHAPE, device, dtype, seconds=6.0, with_compiling=True)
+    write_machine(tmp_path / 'machine.json', machine)
+    assert read_machine(tmp_path / 'machine.json') == machine and machine.overlaps and machine.compiling
+    assert any(kernel.startswith('flash') for kernel in machine.kernels) and len(machine.steps) == 3
+    assert 0 < machine.memory <= torch.cuda.get_device_properties(device).total_memory
+    fits = measuring.batch_trial(SETTINGS, SHAPE, device, dtype)
+    assert fits(1) and not fits(2**24)
+    assert torch.ones(10, device=device).sum() == 10
+
+
 def test_several_ranks_measure_one_machine(tmp_path):
     """Two ranks measure their exchange together, and get the same machine."""
     script = tmp_path / 'ranks.py'
@@ -297,7 +312,7 @@ def test_several_ranks_measure_one_machine(tmp_path):
         "measuring.TOKENS['cpu'], measuring.MAX_SCORES = 16, 2**12\n"
         'measuring.measure_products.__defaults__ = ((8,),)\n'
         'measuring.measure_stream.__defaults__ = ((4800,),)\n'
-        'measuring.answers_of = lambda requests: [None]\n'
+        'measuring.answers_of = lambda *_: [None]\n'
         f'config = read_settings({str(REPO / "train.py")!r})\n'
         f'shape = GPTConfig(**{dataclasses.asdict(SHAPE)!r})\n'
         'machine = measuring.measure(config, shape, cpu, torch.float32, ranks, seconds=0.1)\n'
