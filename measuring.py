@@ -10,6 +10,7 @@ memory, or is killed for it, is an answer too.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -474,22 +475,24 @@ def fill_with_anything(model):
 # --- the largest batch ------------------------------------------------------------------------------------------------
 
 
-def largest_batch(fits: Callable[[int], bool], upper: int, guess: int = 1) -> int:
-    """The largest batch size of at most `upper` for which fits(size) is true, 0 if none is: by doubling or halving from
-    the guess, then by bisection. Where a batch fits, smaller ones must fit too."""
-    good, bad = 0, upper + 1  # what is known: good fits, bad does not
+def largest_batch(fits: Callable[[int], bool], upper: int, guess: int = 1, precision: float = 0.0) -> int:
+    """The largest batch size of at most `upper` for which fits(size) is true, 0 if none is.
+
+    Searched for around the guess, in strides that grow, then by bisection, until it is known to a share of
+    `precision`; 0: exactly. Where a batch fits, smaller ones must fit too.
+    """
+    good, bad, stride = 0, upper + 1, 1.25  # what is known: good fits, bad does not
     size = max(1, min(guess, upper))
-    while bad - good > 1:
+    while bad - good > max(1, precision * good):
         if fits(size):
             good = size
         else:
             bad = size
-        if not good:
-            size = bad // 2
-        elif bad > upper:
-            size = min(2 * good, upper)
-        else:
+        if good and bad <= upper:
             size = (good + bad) // 2
+        else:
+            size = min(math.ceil(good * stride), upper) if good else max(1, int(bad / stride))
+            stride = min(stride**2, 16)
     return good
 
 
