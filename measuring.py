@@ -18,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import partial
 
@@ -162,7 +164,7 @@ def measure_products(device, dtype, seconds: float, sizes=PRODUCT_SIZES) -> tupl
             partial(products, *(torch.randn(s, device=device).to(dtype) for s in shapes)), device, seconds
         )
         found.append((float(size), 6 * rows * size * columns / each))
-        if 4 * each > 10 * seconds > 0:
+        if 4 * each > max(1, 10 * seconds):
             break
     return tuple(found)
 
@@ -305,8 +307,9 @@ def bus_speed(device, seconds: float, group=None, sizes=EXCHANGE_BYTES) -> tuple
     """Bytes/s that a rank sends in large all-reduces within a group, and seconds of a tiny one. A collective."""
     n = dist.get_world_size(group)
     latency = seconds_of_all_reduce(4, device, seconds, group)
-    times = [max(seconds_of_all_reduce(size, device, seconds, group) - latency, 1e-9) for size in sizes]
-    return 2 * (n - 1) / n * sum(sizes) / sum(times), latency
+    total = sum(seconds_of_all_reduce(size, device, seconds, group) for size in sizes)
+    moving = max(total - len(sizes) * latency, total / 2)  # both are measured, and noise must not make it nothing
+    return 2 * (n - 1) / n * sum(sizes) / moving, latency
 
 
 def seconds_of_all_reduce(n_bytes: int, device, seconds: float, group=None) -> float:
@@ -387,7 +390,7 @@ def batch_runner(
     limit: bytes that a child may take; None: nearly all that is free at the time. most: seconds after which it is given
     up, with TimeoutError.
     """
-    settings = {**getattr(config, 'recipe', {}), **config, 'parallel': 'ddp', 'cpu_offload': False}
+    settings = {**config, 'parallel': 'ddp', 'cpu_offload': False}
     settings = {key: value for key, value in settings.items() if type(value) in (str, int, float, bool)}
     request = {
         'task': 'steps',
@@ -531,17 +534,20 @@ def answers_of(requests: list[dict], seconds: float = CHILD_SECONDS) -> list:
         env['OMP_NUM_THREADS'] = '1'
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     children = [subprocess.Popen([sys.executable, os.path.abspath(__file__)], env=env, **pipes) for _ in requests]
+    inputs = [child.stdin for child in children]
     try:
         for child, request in zip(children, requests):
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
-            child.stdin = None  # communicate() would flush it
+            child.stdin.write(json.dumps(request) + '\n')
+            child.stdin.flush()
+            child.stdin = None  # communicate() would close it, and the child ends with it, see die_with_parent
         deadline = time.monotonic() + seconds
         return [answer_of(child, deadline - time.monotonic()) for child in children]
     finally:
-        for child in children:
+        for child, pipe in zip(children, inputs):
             child.kill()  # does nothing to one that has ended
             child.wait()
+            with suppress(OSError):
+                pipe.close()
 
 
 def answer_of(child: subprocess.Popen, seconds: float):
@@ -570,7 +576,15 @@ def answer(request: dict):
         return None
 
 
+def die_with_parent():
+    """End this process as soon as standard input ends, that is when its parent is gone, however that ended."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 if __name__ == '__main__':
     install_error_handling()
-    print('\n' + json.dumps(answer(json.load(sys.stdin))), flush=True)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    print('\n' + json.dumps(answer(request)), flush=True)
     os._exit(0)  # threads of gloo sometimes abort the interpreter's end

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -276,11 +277,11 @@ def test_measuring_this_machine(forked_children, small, tmp_path, capsys):
     assert [size for size, _ in machine.products['float32']] == [8, 16]
     assert [keys for keys, _ in machine.attention['float32']] == [8, 16, 32]
     assert [size for size, _ in machine.stream] == [4800, 96000]
-    assert [step['batch_size'] for step in machine.steps] == [1, 2]
+    assert [step['batch_size'] for step in machine.steps] in ([1, 2], [1])  # one, where a step takes long
     assert all('channels' in kernel for kernel in machine.kernels) and machine.correction == 1
-    assert [request['task'] for request in forked_children] == ['exchange'] * 2 + ['steps'] * 2
+    assert [request['task'] for request in forked_children] == ['exchange'] * 2 + ['steps'] * len(machine.steps)
     said = capsys.readouterr()
-    assert said.err == '' and len(said.out.splitlines()) == 7
+    assert said.err == '' and len(said.out.splitlines()) == 5 + len(machine.steps)
 
 
 @pytest.mark.gpu
@@ -448,6 +449,25 @@ def test_a_child_process():
     """A real one, not a fork."""
     step = measuring.batch_runner(SETTINGS, SHAPE, CPU, torch.float32)(2, 0.0)
     assert step['batch_size'] == 2 and step['seconds'] > 0 and step['peak_bytes'] > 0
+
+
+def test_a_child_ends_with_its_parent():
+    """Whatever it is doing, when standard input ends."""
+    program = (
+        'import measuring, threading, time\nthreading.Thread(target=measuring.die_with_parent).start()\ntime.sleep(60)'
+    )
+    source, sink = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(sink)
+        sys.stdin = open(source)
+        threading.Thread(target=measuring.die_with_parent).start()
+        time.sleep(60)
+        os._exit(0)
+    os.close(source)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.close(sink)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 @pytest.mark.parametrize('seed', range(5))
