@@ -453,9 +453,6 @@ def test_a_child_process():
 
 def test_a_child_ends_with_its_parent():
     """Whatever it is doing, when standard input ends."""
-    program = (
-        'import measuring, threading, time\nthreading.Thread(target=measuring.die_with_parent).start()\ntime.sleep(60)'
-    )
     source, sink = os.pipe()
     pid = os.fork()
     if not pid:
