@@ -376,8 +376,10 @@ def compiled_step(run: Callable, batch_size: int, seconds: float) -> dict | None
     say('compiling, this can take a minute ...')
     try:
         return run(batch_size, seconds, compiled=True)
-    except RuntimeError as error:  # the child's last words: compilers, linkers and drivers raise anything
-        warn(f'torch.compile does not work here ({one_line(str(error).splitlines()[-1], 150)})')
+    except RuntimeError as error:  # of the child: compilers, linkers and drivers raise anything
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = ([line for line in lines if 'Error' in line] or lines)[-1]
+        warn(f'torch.compile does not work here ({one_line(reason, 150)})')
         return None
 
 
