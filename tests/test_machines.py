@@ -77,7 +77,7 @@ def test_cards_by_name(name, known):
 
 
 def test_each_card_is_called_by_some_name():
-    assert set(NAMES.values()) == set(CARDS) - {'V100 PCIe'}
+    assert set(NAMES.values()) == set(CARDS)
 
 
 @pytest.mark.parametrize('name, nearest', [('h1000', 'H100'), ('rtx 4080', '4090'), ('4090 Laptop', '4090')])
