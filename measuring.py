@@ -10,6 +10,7 @@ memory, or is killed for it, is an answer too.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -17,8 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import partial
 
@@ -30,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.attention import attend
 from common.cpu import use_onednn_products
 from common.device import autocast, device_name, peak_memory, set_up_device, synchronize
-from common.distributed import ALONE, Ranks
+from common.distributed import ALONE, Ranks, waiting_limit
 from common.errors import UserError, install_error_handling, one_line, say, warn
 from common.machines import MEASURED, Machine, card, own_card
 from common.memory import available_memory, limit_memory, resident_bytes
@@ -48,7 +52,8 @@ TOKENS = {'cuda': 8192, 'cpu': 2048, 'mps': 2048}  # rows of a product, as of a 
 MAX_SCORES = 2**27  # queries times keys of all heads: attention that keeps them all has memory for so many
 KERNELS = {'flash': 'FLASH_ATTENTION', 'efficient': 'EFFICIENT_ATTENTION', 'cudnn': 'CUDNN_ATTENTION', 'math': 'MATH'}
 SPARE = 0.97  # of the available memory: a child takes no more, so that nothing else has to give way
-CHILD_SECONDS = 240  # a child that takes longer is given up; ranks that wait for it wait for 560
+CHILD_SECONDS = 180  # a child that takes longer is given up; ranks wait for three of them, at most 560 s
+TRIAL_SECONDS = 900  # the same for a batch that is tried
 KILLED = ('SIGKILL', 'SIGABRT', 'SIGSEGV', 'SIGBUS')  # how a process without memory ends if it cannot say so
 NO_MEMORY = re.compile('memory|bad_alloc|could not create a primitive|start new thread', re.IGNORECASE)  # or can
 
@@ -71,11 +76,11 @@ def measure(
     with_compiling: measure torch.compile too, which takes a minute; None: on CUDA.
     predict: see calibrated(); None: leave the machine as measured.
     """
-    name, figure = str(dtype).removeprefix('torch.'), seconds / 40  # there are some 20 figures; the rest is for steps
+    name, figure = str(dtype).removeprefix('torch.'), seconds / 60  # there are some 25 figures; the rest is for steps
     use_onednn_products(device, model_config.block_size)
-    memory = min(ranks.gather(available_memory(device) * SPARE))
+    memory = min(ranks.gather(available_memory(device)))
     if device.type == 'cpu':
-        memory /= int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks share it
+        memory *= SPARE / int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # ranks share it
     products = measure_products(device, dtype, figure)
     say(f'products in {name}, GFLOP/s: ' + ', '.join(f'{size:g}: {flops / 1e9:,.0f}' for size, flops in products))
     stream = measure_stream(device, figure)
@@ -93,7 +98,7 @@ def measure(
         attention={name: attention},
         stream=stream,
         op_seconds=measure_op_seconds(device, figure),
-        overlaps=device.type == 'cuda',
+        overlaps=device.type != 'cpu',
         correction=1.0,
         compiling={},
         source=f'plan.py --measure=True on {date.today()}, torch {torch.__version__}',
@@ -159,7 +164,7 @@ def measure_products(device, dtype, seconds: float, sizes=PRODUCT_SIZES) -> tupl
             partial(products, *(torch.randn(s, device=device).to(dtype) for s in shapes)), device, seconds
         )
         found.append((float(size), 6 * rows * size * columns / each))
-        if 4 * each > 10 * seconds > 0:
+        if 4 * each > max(1, 10 * seconds):
             break
     return tuple(found)
 
@@ -235,7 +240,8 @@ def compare_kernels(model_config: GPTConfig, batch_size: int, device, dtype, sec
             if kernel == 'math' and heads * T * T > MAX_SCORES or not hasattr(SDPBackend, backend):
                 continue
             try:
-                with sdpa_kernel([getattr(SDPBackend, backend)]):
+                with sdpa_kernel([getattr(SDPBackend, backend)]), warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # torch says at length why a kernel does not apply
                     found[f'{kernel}, {channels} channels'] = seconds_of(work, device, seconds)
             except RuntimeError:  # this device, shape or dtype has no such kernel, or no memory for it
                 pass
@@ -274,7 +280,7 @@ def measure_exchange(device, ranks: Ranks, seconds: float) -> dict:
         network, latency = bus_speed(device, seconds)
         link = network
         if 1 < local < ranks.world_size:
-            node, _ = dist.new_subgroups(local)
+            node, _ = dist.new_subgroups(local, timeout=waiting_limit(600))
             link, _ = bus_speed(device, seconds, node)
         rest = {'per_node': local, 'watts': 0.0, 'efficiency': MEASURED}
         return {'link': link, 'network': network, 'exchange_seconds': latency, **rest}
@@ -301,8 +307,9 @@ def bus_speed(device, seconds: float, group=None, sizes=EXCHANGE_BYTES) -> tuple
     """Bytes/s that a rank sends in large all-reduces within a group, and seconds of a tiny one. A collective."""
     n = dist.get_world_size(group)
     latency = seconds_of_all_reduce(4, device, seconds, group)
-    times = [max(seconds_of_all_reduce(size, device, seconds, group) - latency, 1e-9) for size in sizes]
-    return 2 * (n - 1) / n * sum(sizes) / sum(times), latency
+    total = sum(seconds_of_all_reduce(size, device, seconds, group) for size in sizes)
+    moving = max(total - len(sizes) * latency, total / 2)  # both are measured, and noise must not make it nothing
+    return 2 * (n - 1) / n * sum(sizes) / moving, latency
 
 
 def seconds_of_all_reduce(n_bytes: int, device, seconds: float, group=None) -> float:
@@ -353,24 +360,39 @@ def with_steps(machine, config, model_config, device, dtype, seconds: float, wit
                 break
             steps.append(step)
             say(f'a step with --batch_size={batch_size}: {step["seconds"]:.3f} s, {step["peak_bytes"] / 1e9:.2f} GB')
-        compiled = run(steps[-1]['batch_size'], seconds, compiled=True) if steps and with_compiling else None
+        compiled = compiled_step(run, steps[-1]['batch_size'], seconds) if steps and with_compiling else None
         if compiled:
-            steps.append(compiled)
-            takes, saves = compiled['first_seconds'], 1 - compiled['seconds'] / steps[-2]['seconds']
+            takes, saves = compiled['first_seconds'], 1 - compiled['seconds'] / steps[-1]['seconds']
+            say(f'torch.compile takes {takes:.0f} s and saves {100 * saves:.0f}% of it')
             compiling = {'takes': takes, 'saves': saves}
-            say(f'torch.compile takes {takes:.0f} s and saves {100 * saves:.0f}% of a step')
+            steps.append(compiled)
     except TimeoutError as error:
         warn(f'training steps are not measured to their end: {error}')
     return dataclasses.replace(machine, steps=tuple(steps), compiling=compiling)
 
 
-def batch_runner(config: dict, model_config: GPTConfig, device, dtype, limit: float | None = None) -> Callable:
-    """A function (batch size, seconds, compiled=False) that makes training steps in a child process -> a dict with
-    'seconds', 'peak_bytes' and the shape, None if the memory does not suffice. TimeoutError after CHILD_SECONDS.
+def compiled_step(run: Callable, batch_size: int, seconds: float) -> dict | None:
+    """What run() finds of compiled steps, None where torch.compile does not work. run: from batch_runner."""
+    say('compiling, this can take a minute ...')
+    try:
+        return run(batch_size, seconds, compiled=True)
+    except RuntimeError as error:  # of the child: compilers, linkers and drivers raise anything
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = ([line for line in lines if 'Error' in line] or lines)[-1]
+        warn(f'torch.compile does not work here ({one_line(reason, 150)})')
+        return None
 
-    limit: bytes that a child may take; None: nearly all that is free at the time.
+
+def batch_runner(
+    config: dict, model_config: GPTConfig, device, dtype, limit: float | None = None, most: float = CHILD_SECONDS
+) -> Callable:
+    """A function (batch size, seconds, compiled=False) that makes training steps in a child process -> a dict with
+    'seconds', 'peak_bytes' and the shape, None if the memory does not suffice.
+
+    limit: bytes that a child may take; None: nearly all that is free at the time. most: seconds after which it is given
+    up, with TimeoutError.
     """
-    settings = {**getattr(config, 'recipe', {}), **config, 'parallel': 'ddp', 'cpu_offload': False}
+    settings = {**config, 'parallel': 'ddp', 'cpu_offload': False}
     settings = {key: value for key, value in settings.items() if type(value) in (str, int, float, bool)}
     request = {
         'task': 'steps',
@@ -386,7 +408,7 @@ def batch_runner(config: dict, model_config: GPTConfig, device, dtype, limit: fl
             torch.cuda.empty_cache()
         least = available_memory(device) * SPARE if limit is None else limit
         rest = {'batch_size': batch_size, 'seconds': seconds, 'compiled': compiled, 'limit': least}
-        return answers_of([{**request, **rest}])[0]
+        return answers_of([{**request, **rest}], most)[0]
 
     return run
 
@@ -458,22 +480,24 @@ def fill_with_anything(model):
 # --- the largest batch ------------------------------------------------------------------------------------------------
 
 
-def largest_batch(fits: Callable[[int], bool], upper: int, guess: int = 1) -> int:
-    """The largest batch size of at most `upper` for which fits(size) is true, 0 if none is: by doubling or halving from
-    the guess, then by bisection. Where a batch fits, smaller ones must fit too."""
-    good, bad = 0, upper + 1  # what is known: good fits, bad does not
+def largest_batch(fits: Callable[[int], bool], upper: int, guess: int = 1, precision: float = 0.0) -> int:
+    """The largest batch size of at most `upper` for which fits(size) is true, 0 if none is.
+
+    Searched for around the guess, in strides that grow, then by bisection, until it is known to a share of
+    `precision`; 0: exactly. Where a batch fits, smaller ones must fit too.
+    """
+    good, bad, stride = 0, upper + 1, 1.25  # what is known: good fits, bad does not
     size = max(1, min(guess, upper))
-    while bad - good > 1:
+    while bad - good > max(1, precision * good):
         if fits(size):
             good = size
         else:
             bad = size
-        if not good:
-            size = bad // 2
-        elif bad > upper:
-            size = min(2 * good, upper)
-        else:
+        if good and bad <= upper:
             size = (good + bad) // 2
+        else:
+            size = min(math.ceil(good * stride), upper) if good else max(1, int(bad / stride))
+            stride = min(stride**2, 16)
     return good
 
 
@@ -482,7 +506,7 @@ def batch_trial(config: dict, model_config: GPTConfig, device, dtype, limit: flo
 
     limit: bytes that the child may take; None: nearly all that is free at the time.
     """
-    run = batch_runner(config, model_config, device, dtype, limit)
+    run = batch_runner(config, model_config, device, dtype, limit, TRIAL_SECONDS)
 
     def fits(batch_size):
         try:
@@ -499,10 +523,10 @@ def batch_trial(config: dict, model_config: GPTConfig, device, dtype, limit: flo
 # --- child processes --------------------------------------------------------------------------------------------------
 
 
-def answers_of(requests: list[dict]) -> list:
+def answers_of(requests: list[dict], seconds: float = CHILD_SECONDS) -> list:
     """Answer each request in a child process of its own, all at once -> their answers, None for want of memory.
 
-    UserError for a mistake that a child reports, TimeoutError after CHILD_SECONDS, RuntimeError for any other failure.
+    UserError for a mistake that a child reports, TimeoutError after so many seconds, RuntimeError for other failures.
     """
     # torchrun's variables make a process one of its ranks
     env = {
@@ -512,17 +536,20 @@ def answers_of(requests: list[dict]) -> list:
         env['OMP_NUM_THREADS'] = '1'
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     children = [subprocess.Popen([sys.executable, os.path.abspath(__file__)], env=env, **pipes) for _ in requests]
+    inputs = [child.stdin for child in children]
     try:
         for child, request in zip(children, requests):
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
-            child.stdin = None  # communicate() would flush it
-        deadline = time.monotonic() + CHILD_SECONDS
+            child.stdin.write(json.dumps(request) + '\n')
+            child.stdin.flush()
+            child.stdin = None  # communicate() would close it, and the child ends with it, see die_with_parent
+        deadline = time.monotonic() + seconds
         return [answer_of(child, deadline - time.monotonic()) for child in children]
     finally:
-        for child in children:
+        for child, pipe in zip(children, inputs):
             child.kill()  # does nothing to one that has ended
             child.wait()
+            with suppress(OSError):
+                pipe.close()
 
 
 def answer_of(child: subprocess.Popen, seconds: float):
@@ -530,7 +557,7 @@ def answer_of(child: subprocess.Popen, seconds: float):
     try:
         output, errors = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f'it takes more than {CHILD_SECONDS} s') from None
+        raise TimeoutError('it takes too long') from None
     if child.returncode == 0:
         return json.loads(output.splitlines()[-1])
     if child.returncode in [-getattr(signal, name, 0) for name in KILLED]:
@@ -540,20 +567,26 @@ def answer_of(child: subprocess.Popen, seconds: float):
     raise RuntimeError(f'a child process failed with status {child.returncode}:\n{errors}')
 
 
-def main():
-    """Answer one request, as a child process."""
-    install_error_handling()
-    request = json.load(sys.stdin)
-    task = {'steps': make_steps, 'exchange': exchange}[request.pop('task')]
+def answer(request: dict):
+    """Do what a request asks, in this process -> the answer, None if the memory does not suffice."""
+    task = {'steps': make_steps, 'exchange': exchange}[request['task']]
     try:
-        answer = task(**request)
+        return task(**{key: value for key, value in request.items() if key != 'task'})
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        answer = None
-    print('\n' + json.dumps(answer), flush=True)
-    os._exit(0)  # threads of gloo sometimes abort the interpreter's end; an answer is an answer
+        return None
+
+
+def die_with_parent():
+    """End this process as soon as standard input ends, that is when its parent is gone, however that ended."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == '__main__':
-    main()
+    install_error_handling()
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    print('\n' + json.dumps(answer(request)), flush=True)
+    os._exit(0)  # threads of gloo sometimes abort the interpreter's end

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from common.errors import UserError, user_errors
@@ -197,13 +198,16 @@ def card(name: str) -> Machine:
         words = name_words(known)
         if words[0] in wanted and set(wanted) <= set(words):
             return from_data_sheet(known, row)
-    likeness = {
-        known: difflib.SequenceMatcher(None, ' '.join(wanted), ' '.join(name_words(known))).ratio() for known in CARDS
-    }
+    likeness = {known: max(map(partial(similar, name_words(known)[0]), wanted), default=0.0) for known in CARDS}
     raise UserError(
         f'{name!r} is not a known card; the nearest is {max(likeness, key=likeness.get)!r}. Known are '
         f'{", ".join(CARDS)}; for any other give --peak_tflops=, --memory_gb= and --bandwidth='
     )
+
+
+def similar(a: str, b: str) -> float:
+    """How alike two words are, from 0 to 1."""
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def name_words(name: str) -> list[str]:
@@ -221,7 +225,7 @@ def from_data_sheet(name: str, row: Card) -> Machine:
     return Machine(
         name=name,
         kind='cuda',
-        memory=row.memory * 2**30,
+        memory=row.memory * 2.0**30,
         products={dtype: ((64.0, peak),) for dtype, peak in flops.items()},
         attention={dtype: ((1024.0, peak),) for dtype, peak in flops.items() if dtype != 'float32'},
         stream=((1.0, 1e9 * row.bandwidth),),
@@ -231,7 +235,7 @@ def from_data_sheet(name: str, row: Card) -> Machine:
         network=1e9 * row.network,
         exchange_seconds=EXCHANGE_SECONDS,
         per_node=row.per_node,
-        watts=row.watts,
+        watts=float(row.watts),
         efficiency=EFFICIENCY[row.family],
         correction=1.0,
         compiling={},
