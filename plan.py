@@ -59,6 +59,8 @@ if plot:
         raise UserError(f'--plot={plot}: must end in .png')
     new_figure('', '')  # fails now if matplotlib is missing
 
+LONGEST_TRIAL = 30  # seconds of a step, when --measure=True looks for the largest batch
+
 
 # --- what is planned --------------------------------------------------------------------------------------------------
 
@@ -250,7 +252,7 @@ def advise(plan):
     micro_batches = best.split.rounds * devices if best else 0
     more = next((n for n in range(2 * devices, micro_batches + 1) if micro_batches % n == 0), None)
     if more:
-        twice = make_plan(counter, machine, best.split._replace(devices=more, rounds=micro_batches // more))
+        twice = make_plan(counter, machine, best.split._replace(devices=more, rounds=micro_batches // more), exact)
         changes = f'{command_changes(best)} and ' if best is not plan else ''
         lines.append(
             f'{changes}--devices={more}: {duration(twice.step_seconds)} per step, '
@@ -302,7 +304,7 @@ def draw(path):
     days = []
     for n in counts:
         split = plan.split._replace(devices=n, rounds=sequences // n)
-        days.append(settings['max_iters'] * make_plan(counter, machine, split).step_seconds / 3600)
+        days.append(settings['max_iters'] * make_plan(counter, machine, split, exact).step_seconds / 3600)
     other.loglog(counts, days, 'o-', label=f'{plan.split.parallel}, the same batches')
     other.loglog(counts, [days[0] * counts[0] / n for n in counts], ':', color='gray', label='if exchange took no time')
     other.set_xlabel('devices')
@@ -320,7 +322,7 @@ def measure_here():
     gpu = device.type == 'cuda'
 
     def predict(machine, shape, batch):
-        split = Split(batch, compiled=False)
+        split = Split(batch, checkpointing=settings['activation_checkpointing'])
         return make_plan(StepCounter(shape, settings, dtype, gpu), machine, split).step_seconds
 
     found = measure(settings, model_config, device, dtype, ranks, predict=predict)
@@ -328,9 +330,16 @@ def measure_here():
         write_machine(machine_file, found)
         say(f'a real step takes {found.correction:.2f} of what these figures predict; wrote {machine_file}')
         counted = StepCounter(model_config, settings, dtype, gpu)
-        guess = largest_planned_batch(counted, found, Split(1, compiled=False))
-        most = largest_batch(batch_trial(settings, model_config, device, dtype), 2**16, guess)
-        say(f'the largest --batch_size that fits is {most}; {guess} was predicted')
+        split = Split(1, checkpointing=settings['activation_checkpointing'])
+        guess = largest_planned_batch(counted, found, split)
+        slow = (
+            int(LONGEST_TRIAL / make_plan(counted, found, split).step_seconds) or 1
+        )  # larger ones take too long to try
+        most = largest_batch(
+            batch_trial(settings, model_config, device, dtype), min(slow, 2**16), guess, precision=0.05
+        )
+        at_least = 'at least ' if most == slow else ''
+        say(f'the largest --batch_size that fits is {at_least}{most} (to 5%); {guess} was predicted')
     if not ranks.is_main:
         end(ranks)
     return found
@@ -351,7 +360,8 @@ machine.require_dtype(dtype_name)
 split = planned_split(machine)
 counter = StepCounter(model_config, settings, DTYPES[dtype_name], gpu=machine.kind == 'cuda')
 parameters = parameters_by_part(counter.weights)
-plan = make_plan(counter, machine, split)
+exact = machine.kind == 'cpu'  # there small operations are faster, as they stay in the cache; the memory is the same
+plan = make_plan(counter, machine, split, exact)
 totals = run_totals(plan)
 table = {}
 for parallel in PARALLEL if devices > 1 else ('ddp',):
@@ -360,7 +370,7 @@ for parallel in PARALLEL if devices > 1 else ('ddp',):
         for checkpointing in CHECKPOINTING:
             other = split._replace(parallel=parallel, checkpointing=checkpointing, cpu_offload=False)
             most = largest_planned_batch(counter, machine, other)
-            table[parallel][checkpointing] = peak_memory(counter, other), most
+            table[parallel][checkpointing] = peak_memory(counter, other, exact), most
 advice = advise(plan)
 if json_output:
     result = {'machine': machine.name, 'parameters': parameters, 'fits': plan.fits, 'moment': plan.moment}

@@ -30,6 +30,8 @@ from parallel import CHECKPOINTING, PARALLEL, checkpoint_activations
 CONTEXT_BYTES = 0.8e9  # of a GPU, for CUDA's context and its libraries' workspaces: no tensor gets it
 USABLE = 0.95  # share of the rest that tensors can fill, since the allocator leaves gaps
 FUSED = 1.6  # times the bytes of perfect fusion that the kernels of torch.compile move, see docs/planning.md
+HOST_LINK = 20e9  # bytes/s between a GPU and the memory of its host, with cpu_offload; assumed
+HOST_STREAM = 50e9  # bytes/s of the optimizer's step on the host; assumed
 BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at a time
 MAX_CHUNKS = 32  # of the loss, that are counted one by one; with more, a step is extrapolated from smaller ones
 PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'sharding', 'temporary')
@@ -175,27 +177,33 @@ class StepCounter:
         return found
 
     def count_weights(self) -> Weights:
-        """The weights of the whole model, and its optimizer's state and step."""
-        config, n_layer = self.config, self.model_config.n_layer
+        """The weights of the whole model, and its optimizer's state and step: what a second layer adds, each adds."""
+        n_layer = self.model_config.n_layer
+        (first, a, flops_a), (second, b, flops_b) = self.count_optimizer(1), self.count_optimizer(2)
+        layer, trained_layer, state_of_layer = (y - x for x, y in zip(first, second))
+        other, trained_other, state = (x - (y - x) for x, y in zip(first, second))
+        flops = flops_a + (n_layer - 1) * (flops_b - flops_a)
+        step = extrapolate(a, b, n_layer - 1)
+        return Weights(layer, other, trained_layer, trained_other, flops, state + n_layer * state_of_layer, step)
+
+    def count_optimizer(self, n_layer: int) -> tuple[tuple[int, int, int], Stretch, int]:
+        """The bytes of a model's weights, of those trained, and of its optimizer's state; the optimizer's step, with
+        clipping; and the FLOPs per token."""
         with counting() as count:
             model = self.make_model(n_layer)
-            layer = list(model.transformer.h[0].parameters())
             parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = make_optimizer(model, config, dtype=self.dtype)
+            optimizer = make_optimizer(model, self.config, dtype=self.dtype)
             states = []
             for _ in range(2):  # the first step makes the state
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 count.cut()
-                clip_gradients(parameters, config['grad_clip'])
+                clip_gradients(parameters, self.config['grad_clip'])
                 optimizer.step()
                 step = count.cut()
                 states.append(step.kept)
-            sizes = [sum(p.nbytes for p in group) for group in (layer, [p for p in layer if p.requires_grad])]
-            flops = model.flops_per_token()
-            totals = [sum(p.nbytes for p in group) for group in (list(model.parameters()), parameters)]
-        others = [total - n_layer * size for total, size in zip(totals, sizes)]
-        return Weights(sizes[0], others[0], sizes[1], others[1], flops, states[0], step)
+            sizes = (sum(p.nbytes for p in group) for group in (list(model.parameters()), parameters))
+            return (*sizes, states[0]), step, model.flops_per_token()
 
 
 def extrapolate(a: Stretch, b: Stretch, t: float) -> Stretch:
@@ -274,7 +282,9 @@ def peak_memory(counter: StepCounter, split: Split, exact: bool = True) -> float
 
 def available(machine: Machine) -> float:
     """Bytes of a device that tensors can fill."""
-    return USABLE * (machine.memory - CONTEXT_BYTES) if machine.kind == 'cuda' else machine.memory
+    if machine.measured:  # what was free
+        return machine.memory
+    return USABLE * (machine.memory - CONTEXT_BYTES)
 
 
 def largest_planned_batch(counter: StepCounter, machine: Machine, split: Split) -> int:
@@ -316,11 +326,11 @@ def seconds_of(work: Counter, machine: Machine, dtype: str, compiled: bool) -> C
     return seconds
 
 
-def step_seconds(counter: StepCounter, machine: Machine, split: Split) -> dict[str, float]:
+def step_seconds(counter: StepCounter, machine: Machine, split: Split, exact: bool = True) -> dict[str, float]:
     """What the time of a step goes to -> {kind of work: seconds}; 'calls' is what the host takes beyond the device."""
     n_layer, dtype = counter.model_config.n_layer, str(counter.dtype).removeprefix('torch.')
     later = split.rounds > 1 or split.devices > 1 or split.parallel != 'ddp'
-    stretches = counter.stretches(split.batch, split.checkpointing, later)
+    stretches = counter.stretches(split.batch, split.checkpointing, later, exact)
     micro_batch = Counter()
     for name, stretch in stretches.items():
         for kind, seconds in seconds_of(stretch.work, machine, dtype, split.compiled).items():
@@ -329,6 +339,9 @@ def step_seconds(counter: StepCounter, machine: Machine, split: Split) -> dict[s
     optimizer = {k: v / shards for k, v in seconds_of(counter.weights.step.work, machine, dtype, False).items()}
     total = {kind: split.rounds * micro_batch[kind] for kind in ('products', 'attention', 'memory')}
     total['optimizer'] = sum(optimizer.values()) - optimizer['calls']
+    if split.cpu_offload:  # it runs on the host
+        nbytes = sum(item.nbytes * times for item, times in counter.weights.step.work.items() if item.kind == 'stream')
+        total['optimizer'] = nbytes / shards / HOST_STREAM
     calls = split.rounds * micro_batch['calls'] + optimizer['calls']
     total['calls'] = max(0.0, calls - sum(total.values())) if machine.overlaps else calls
     total = {kind: machine.correction * seconds for kind, seconds in total.items()}
@@ -340,7 +353,7 @@ def step_seconds(counter: StepCounter, machine: Machine, split: Split) -> dict[s
 
 
 def exchanged_bytes(counter: StepCounter, split: Split) -> dict[str, float]:
-    """Bytes of a step that pass each device, by what sends them -> {'gather', 'scatter', 'average': bytes}.
+    """Bytes of a step that pass each device, by what sends them -> {'gather', 'scatter', 'average', …: bytes}.
 
     The formulas are in docs/distributed.md. 'average' is between copies of the model.
     """
@@ -348,11 +361,13 @@ def exchanged_bytes(counter: StepCounter, split: Split) -> dict[str, float]:
     trained = n_layer * weights.trained_layer + weights.trained_other
     low = counter.gpu and counter.dtype != torch.float32
     layers = n_layer * weights.layer * (counter.dtype.itemsize / 4 if low else 1)
-    share, copies = (shards - 1) / shards, n / shards
+    share, copies, offloaded = (shards - 1) / shards, n / shards, int(split.cpu_offload)
     return {
         'gather': split.rounds * share * (2 * layers + weights.other),
         'scatter': split.rounds * share * trained,
         'average': 2 * (copies - 1) / copies * trained / shards,
+        'from the host': offloaded * split.rounds * (2 * layers + weights.other) / shards,
+        'to the host': offloaded * split.rounds * trained / shards,
     }
 
 
@@ -364,24 +379,27 @@ def exchange_seconds(counter: StepCounter, machine: Machine, split: Split) -> fl
     collectives = 3 * split.rounds * counter.model_config.n_layer if split.shards > 1 else 0
     collectives += sent['average'] / BUCKET_BYTES
     moved = (sent['gather'] + sent['scatter']) / within + sent['average'] / between
-    return moved + collectives * machine.exchange_seconds if split.devices > 1 else 0.0
+    if split.cpu_offload:
+        moved += (sent['from the host'] + sent['to the host']) / HOST_LINK
+    return moved + collectives * machine.exchange_seconds
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def make_plan(counter: StepCounter, machine: Machine, split: Split) -> Plan:
-    """The plan of a step on a machine."""
-    moments = memory_moments(counter, split)
+def make_plan(counter: StepCounter, machine: Machine, split: Split, exact: bool = True) -> Plan:
+    """The plan of a step on a machine. exact: see StepCounter.stretches."""
+    moments = memory_moments(counter, split, exact)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     fits = sum(moments[moment].values()) <= available(machine)
-    return Plan(split, moment, moments[moment], step_seconds(counter, machine, split), fits)
+    return Plan(split, moment, moments[moment], step_seconds(counter, machine, split, exact), fits)
 
 
 def alternatives(counter: StepCounter, machine: Machine, split: Split) -> list[Plan]:
     """Plans with the same sequences per step that fit, the fastest first: each --parallel= and
     --activation_checkpointing=, with the largest micro-batch that fits."""
     sequences = split.batch * split.rounds  # of each device
+    exact = machine.kind == 'cpu'  # there small operations are faster, since they stay in the cache
     found = []
     for parallel in PARALLEL if split.devices > 1 else ('ddp', 'fsdp'):
         if parallel == 'hsdp' and not (1 < split.shard_ranks < split.devices):
@@ -395,5 +413,5 @@ def alternatives(counter: StepCounter, machine: Machine, split: Split) -> list[P
             most = largest_planned_batch(counter, machine, other._replace(rounds=2 if sequences > 1 else 1))
             batch = max((b for b in range(1, min(most, sequences) + 1) if sequences % b == 0), default=0)
             if batch:
-                found.append(make_plan(counter, machine, other._replace(batch=batch, rounds=sequences // batch)))
+                found.append(make_plan(counter, machine, other._replace(batch=batch, rounds=sequences // batch), exact))
     return sorted((plan for plan in found if plan.fits), key=lambda plan: plan.step_seconds)

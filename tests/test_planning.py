@@ -27,7 +27,6 @@ from planning import (
     exchanged_bytes,
     largest_planned_batch,
     make_plan,
-    memory_moments,
     peak_memory,
 )
 
@@ -149,10 +148,8 @@ def test_one_layer_repeated_is_the_whole_model(options, checkpointing, dtype, la
 def test_memory_grows_in_a_straight_line(vocab_size):
     counter = counter_of(dataclasses.replace(SMALL, vocab_size=vocab_size, n_embd=16))
     split = Split(11)
-    exact = memory_moments(counter, split)
-    other = memory_moments(counter_of(counter.model_config), split, exact=False)
-    for moment, memory in exact.items():
-        assert sum(other[moment].values()) == pytest.approx(sum(memory.values()), rel=0.01), moment
+    straight = peak_memory(counter_of(counter.model_config), split, exact=False)
+    assert straight == pytest.approx(peak_memory(counter, split), rel=0.01)
 
 
 def test_the_weights_are_all_there():
@@ -193,7 +190,7 @@ def test_bytes_sent_are_those_of_the_formulas():
     counter = counter_of(SMALL)
     P = 4 * empty_model(SMALL).num_params(non_embedding=False)
     sent = exchanged_bytes(counter, Split(1, devices=4))
-    assert sent == {'gather': 0, 'scatter': 0, 'average': pytest.approx(2 * 3 / 4 * P)}
+    assert (sent['gather'], sent['scatter'], sent['average']) == (0, 0, pytest.approx(2 * 3 / 4 * P))
     sent = exchanged_bytes(counter, Split(1, rounds=3, devices=4, parallel='fsdp'))
     assert sent['average'] == 0 and sent['scatter'] == pytest.approx(3 * 3 / 4 * P)
     sent = exchanged_bytes(counter, Split(1, devices=4, parallel='hsdp', shard_ranks=2))
