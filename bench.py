@@ -1,4 +1,4 @@
-"""Time a training step, or text generation.
+"""Time a training step, or text generation; or check all that a new device must do.
 
 python bench.py                                          a step of GPT-2 124M, block 1024, batch 12, and its parts
 python bench.py --profile=True                           also the most expensive operators, and a trace to look at
@@ -8,6 +8,7 @@ python bench.py --mode=decode                            tokens per second of GP
 python bench.py --mode=decode --baseline=transformers    also, taking turns, Hugging Face's generate()
 python bench.py --mode=decode --quantize=int8            with 8-bit weights; int4: 4-bit
 python bench.py --mode=decode --init_from=gpt2 --prompt_tokens=900    of a model as in sample.py, after a long prompt
+python bench.py --mode=accept                            losses, resuming, speed, memory: in 9 minutes, as a table
 """
 
 import copy
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from acceptance import accept
 from common.cpu import pack, torch_products, use_onednn_products
 from common.device import (
     autocast,
@@ -46,7 +49,7 @@ from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
 from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless, training_step
 from parallel import CHECKPOINTING, checkpoint_activations
 
-mode = 'train'  # 'train': a training step; 'decode': generating text
+mode = 'train'  # 'train': a training step; 'decode': generating text; 'accept': checks of a device
 batch_size = 12  # sequences in a step
 bias = False  # biases in linear and normalization layers
 optimizer = 'adamw'  # 'adamw', 'muon'
@@ -71,13 +74,25 @@ max_new_tokens = 100  # decode: tokens to generate for each sample
 rounds = 5  # decode: times to measure everything, taking turns
 quantize = ''  # decode: 'int8', 'int4': weights of so many bits on a CPU
 baseline = ''  # also time; train: 'eager', the plain step; decode: 'transformers', or 'recompute', without a cache
-config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file', 'json_file', 'init_from'))
+minutes = 8.5  # accept: for all checks together; what does not fit is left out
+checks = ''  # accept: only these, such as 'resume,decoding'; '': all
+report_dir = 'out-accept'  # accept: folder for accept.json and accept.md
+config = configure(
+    globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file', 'json_file', 'init_from', 'report_dir')
+)
 
-baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute')}
-require(config, 'mode', 'train or decode; tools/compare.py times whole runs to a loss', lambda v: v in baselines)
+baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute'), 'accept': ()}
+modes = 'train, decode or accept; tools/compare.py times whole runs to a loss'
+require(config, 'mode', modes, lambda v: v in baselines)
 require(config, 'baseline', ' or '.join(baselines[mode]), lambda v: v in ('', *baselines[mode]))
 require(config, 'activation_checkpointing', ' or '.join(CHECKPOINTING), lambda v: v in CHECKPOINTING)
 require(config, 'compile', 'True, False or auto', lambda v: v in ('True', 'False', 'auto'))
+require(config, 'minutes', 'above 0', lambda v: 0 < v < math.inf)
+if mode == 'accept':
+    unused = min(config.given - {'mode', 'device', 'compile', 'minutes', 'checks', 'report_dir'}, default='')
+    if unused:
+        raise UserError(f'--{unused}={config[unused]}: has no meaning with --mode=accept; leave it out')
+    sys.exit(accept(device, compile, minutes, report_dir, checks))
 require(config, 'optimizer', ' or '.join(OPTIMIZERS), lambda v: v in OPTIMIZERS)
 require(config, 'batch_size block_size steps rounds', 'at least 1', lambda v: v >= 1)
 require(config, 'vocab_size', 'from 1 to 2,147,483,647', lambda v: 1 <= v < 2**31)
