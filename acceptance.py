@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,17 +21,17 @@ import numpy as np
 import torch
 
 from common.checkpoint import LATEST, load_data
-from common.errors import NO_MEMORY, UserError, one_line, say, user_errors
+from common.children import ChildFailed, Ended, NoMemory, OutOfTime, run_script
+from common.errors import ROOT, UserError, one_line, say, user_errors
 from common.files import written_whole
 from common.tracking import FILE, read_metrics
-from probes import ENTROPY, chain
+from probes import ENTROPY, chain, fields_left_out
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
 GIB = 2**30
 
 # How far losses over 20 steps may be apart. On a CPU the worst option was off by 5e-6, 6e-3 and 1.4e-3. Two different
 # options are 2e-2 apart and more, but for the two kinds of GELU, 5e-4, and the gains of queries and keys, 5e-3.
-TOLERANCES = {'float32': 5e-5, 'bfloat16': 1.5e-2, 'float16': 5e-3}
+TOLERANCES = {'float32': 1e-4, 'bfloat16': 2e-2, 'float16': 5e-3}
 # Runs of train.py in float32, where CUDA rounds to TF32 and adds in an order of its own: losses, and weights relative
 # to their norm. A CPU is exact.
 RUN_TOLERANCE = {'cpu': 0.0, 'cuda': 2e-3, 'mps': 2e-3}
@@ -78,23 +77,11 @@ SMALL = Sizes(
 )
 
 
-# --- what a check may raise; anything else is a failure too -----------------------------------------------------------
+# --- what a check may raise, beside the failures of its children ------------------------------------------------------
 
 
 class Unavailable(Exception):
     """The check needs what does not exist here; the message says what."""
-
-
-class OutOfTime(Exception):
-    """A child was still running at the deadline; the message is its last line."""
-
-
-class ChildFailed(Exception):
-    """A child ended with another status than 0; the message is its last line."""
-
-
-class NoMemory(ChildFailed):
-    """A child ended for lack of memory."""
 
 
 def require_that(holds: bool, otherwise: str):
@@ -103,19 +90,7 @@ def require_that(holds: bool, otherwise: str):
         raise AssertionError(otherwise)
 
 
-# --- child processes --------------------------------------------------------------------------------------------------
-
-
-class Ended(NamedTuple):
-    """A child process that has ended."""
-
-    status: int
-    output: str
-
-    def last_line(self) -> str:
-        """What it said last, as a rule why it failed."""
-        lines = [line for line in self.output.splitlines() if line.strip()]
-        return one_line(lines[-1].removeprefix('error: '), 250) if lines else 'it printed nothing'
+# --- how a check runs something ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -135,31 +110,9 @@ class Acceptance:
 
         interrupt: once this returns True, the script gets a SIGTERM.
         """
-        path = os.path.join(self.folder, 'output.txt')
-        command = [sys.executable, os.path.join(ROOT, script), *arguments]
-        with open(path, 'w+', encoding='utf-8', errors='replace') as output:
-            options = {
-                'stdin': subprocess.DEVNULL,
-                'stdout': output,
-                'stderr': subprocess.STDOUT,
-                'env': self.environment(),
-            }
-            child = subprocess.Popen(command, cwd=cwd or self.folder, **options)
-            try:
-                while child.poll() is None and time.monotonic() < self.deadline:
-                    if interrupt and interrupt():
-                        interrupt = child.send_signal(signal.SIGTERM)  # None: once is enough
-                    time.sleep(0.02)
-            finally:
-                out_of_time = child.poll() is None
-                if out_of_time:  # or this process is being stopped
-                    child.kill()
-                    child.wait()
-            output.seek(0)
-            ended = Ended(child.returncode, output.read())
-        if out_of_time:
-            raise OutOfTime(ended.last_line())
-        return ended
+        log = os.path.join(self.folder, 'output.txt')
+        folder = cwd or self.folder
+        return run_script(script, arguments, folder, log, self.deadline, self.environment(), interrupt)
 
     def environment(self) -> dict:
         """The environment of the children. On a CPU they use one thread, unless it says otherwise: models as small as
@@ -168,12 +121,7 @@ class Acceptance:
 
     def run_well(self, script: str, *arguments: str, cwd: str = '') -> str:
         """run() of a script that must succeed -> what it printed. ChildFailed, or NoMemory, if it does not."""
-        status, output = ended = self.run(script, *arguments, cwd=cwd)
-        if status:
-            killed = status == -9  # by the system, for lack of memory on the host
-            lacking = killed or NO_MEMORY.search(output) or 'STATUS_ALLOC_FAILED' in output  # the last is cuBLAS's
-            raise (NoMemory if lacking else ChildFailed)(f'{script} ended with status {status}: {ended.last_line()}')
-        return output
+        return self.run(script, *arguments, cwd=cwd).succeeded()
 
     def probe(self, name: str, **arguments):
         """What a function of probes.PROBES returns. It stays in a file, see result_of."""
@@ -263,6 +211,8 @@ def compare_options(a, figures, probe, dtype, **arguments):
         figures['worst'] = max(numbers, key=lambda name: (math.isnan(numbers[name]), numbers[name]))
         figures['worst_difference'] = numbers[figures['worst']]
     figures['differences'] = differences
+    if fields_left_out():
+        figures['without_values_in_probes_py'] = ', '.join(fields_left_out())
     reasons = [f'{name}: {gap if isinstance(gap, str) else f"off by {gap:.2g}"}' for name, gap in wrong.items()]
     require_that(not wrong, f'{len(wrong)} of {len(differences)} options are wrong: {"; ".join(reasons)}')
     return True
@@ -279,7 +229,7 @@ def resume(a: Acceptance, figures: dict):
     """train.py stopped by SIGTERM and resumed, with dropout, ends with the weights of an undisturbed run."""
     if sys.platform == 'win32':
         raise Unavailable('Windows has no SIGTERM')
-    lengths = ['--max_iters=200', '--lr_decay_iters=200', '--dropout=0.1']
+    lengths = ['--max_iters=100', '--lr_decay_iters=100', '--dropout=0.1']
     a.run_well('train.py', *a.training('whole', *lengths))
     parts = a.training('parts', *lengths)
     ended = a.run('train.py', *parts, interrupt=lambda: len(a.losses_of('parts')) >= 20)
@@ -352,7 +302,7 @@ def dropout(a: Acceptance, figures: dict):
     """Dropout by its mean, in layers and in attention, and that a seed makes it repeatable."""
     dtype = a.device['dtype']
     result = a.probe('dropout', device=a.device['device'], dtype=dtype)
-    rounding = {'float32': 0.0, 'bfloat16': 2**-8, 'float16': 2**-11}[dtype]
+    rounding = 0.0 if dtype == 'float32' else 2**-8  # fused kernels for low precision take 8 random bits per weight
     sigmas = {m['of']: max(0.0, abs(m['mean'] - m['expected']) - rounding) / m['sigma'] for m in result['means']}
     figures.update(sigmas, unit='standard deviations off')
     figures['repeated_difference'] = difference(result['losses'], result['repeated'])
@@ -367,7 +317,7 @@ def fsdp(a: Acceptance, figures: dict):
     lengths = ['--max_iters=20', '--lr_decay_iters=20']
     a.run_well('train.py', *a.training('plain', *lengths))
     ended = a.run('train.py', *a.training('sharded', *lengths, '--parallel=fsdp'))
-    if ended.status == 2 and 'torch' in ended.last_line():  # 2.6 shards on GPUs only, and none shards on MPS
+    if ended.status == 2 and ended.last_line().startswith('--parallel=fsdp: '):  # torch 2.6 on a CPU, and MPS
         raise Unavailable(ended.last_line())
     require_that(ended.status == 0, f'train.py ended with status {ended.status}: {ended.last_line()}')
     figures['difference'] = difference(a.losses_of('sharded'), a.losses_of('plain'))
@@ -427,8 +377,9 @@ def largest_batch(a: Acceptance, figures: dict):
             measured = a.bench(*a.sizes.model, *arguments)
         except NoMemory:
             return False
-        fitting[n] = measured['peak_memory'] / GIB
-        figures.update(model=a.sizes.name, largest_so_far=max(fitting), **speed(measured))
+        figures.update(model=a.sizes.name, **speed(measured))
+        fitting[n] = figures['peak_gib']
+        figures['largest_so_far'] = max(fitting)
         return True
 
     figures['tried'] = list(a.sizes.batch_sizes)
@@ -538,7 +489,7 @@ def accept(device: str, compile: str, minutes: float, report_dir: str, names: st
             'command': shlex.join(['python', *sys.argv]),
             'date': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()),
         }
-        report.update(machine=a.device, minutes=minutes, checks=[])
+        report.update(machine=a.device, small=a.sizes is SMALL, minutes=minutes, checks=[])
         say(f'{a.device["name"]}, {a.device["type"]}, torch {a.device["torch"]}; {len(checks)} checks')
         for n, check in enumerate(checks, 1):
             record = run_check(check, a)
@@ -607,6 +558,11 @@ def write_report(report: dict, folder: str):
         machine['memory'] = f'{machine["memory"] / GIB:.1f} GiB'
     facts = ', '.join(f'{key} {value}' for key, value in machine.items())
     text = [f'# {machine["name"]}', '', f'    {report["command"]}', '', f'{report["date"]}: {facts}.', '', *table, '']
+    if report['small']:
+        text += [
+            'With small models in place of those named: this shows that the checks work, and nothing of the speed.',
+            '',
+        ]
     with user_errors(OSError, where=f'cannot write to --report_dir={folder}: '):
         with written_whole(os.path.join(folder, 'accept.json'), 'w') as file:
             json.dump(without_nan(report), file, indent=1)

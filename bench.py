@@ -49,6 +49,8 @@ from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
 from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless, training_step
 from parallel import CHECKPOINTING, checkpoint_activations
 
+PATHS = ('trace_file', 'json_file', 'init_from', 'report_dir')  # settings that are paths
+
 mode = 'train'  # 'train': a training step; 'decode': generating text; 'accept': checks of a device
 batch_size = 12  # sequences in a step
 bias = False  # biases in linear and normalization layers
@@ -77,9 +79,7 @@ baseline = ''  # also time; train: 'eager', the plain step; decode: 'transformer
 minutes = 8.5  # accept: for all checks together; what does not fit is left out
 checks = ''  # accept: only these, such as 'resume,decoding'; '': all
 report_dir = 'out-accept'  # accept: folder for accept.json and accept.md
-config = configure(
-    globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file', 'json_file', 'init_from', 'report_dir')
-)
+config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=PATHS)
 
 baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute'), 'accept': ()}
 modes = 'train, decode or accept; tools/compare.py times whole runs to a loss'

@@ -121,24 +121,24 @@ ELSEWHERE = (
 MODERN = {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'qk_norm': True, 'qk_gain': True, 'n_kv_head': 2}
 
 
-def model_options() -> list[Option]:
-    """Every value of every field of GPTConfig, and what else changes a model's training: one Option each.
+def values_of(field: dataclasses.Field) -> tuple:
+    """The values of a field of GPTConfig to train with, beside its default; none of a number that is not in VALUES."""
+    values = (not field.default,) if type(field.default) is bool else CHOICES.get(field.name) or VALUES.get(field.name)
+    return tuple(value for value in values or () if value != field.default)
 
-    ValueError for a new field of GPTConfig that is neither a choice of two nor in CHOICES or VALUES.
-    """
+
+def fields_left_out() -> list[str]:
+    """Fields of GPTConfig, such as one that somebody has added, of which no value is known."""
+    fields = dataclasses.fields(GPTConfig)
+    return [field.name for field in fields if field.name not in ELSEWHERE and not values_of(field)]
+
+
+def model_options() -> list[Option]:
+    """Every value of every field of GPTConfig, and what else changes a model's training: one Option each."""
     options = [Option('the defaults'), Option('many at once', {**MODERN, 'bias': False, 'tie_weights': False})]
     for field in dataclasses.fields(GPTConfig):
-        if field.name in ELSEWHERE:
-            continue
-        values = CHOICES.get(field.name) or VALUES.get(field.name)
-        if type(field.default) is bool:
-            values = (not field.default,)
-        if not values:
-            raise ValueError(f'GPTConfig.{field.name}: give it values in VALUES, in probes.py')
-        for value in values:
-            if value != field.default:
-                fields = {**NEEDS.get(field.name, {}), field.name: value}
-                options.append(Option(f'{field.name}={value}', fields))
+        for value in values_of(field) if field.name not in ELSEWHERE else ():
+            options.append(Option(f'{field.name}={value}', {**NEEDS.get(field.name, {}), field.name: value}))
     options += [Option(f'optimizer={name}', optimizer=name) for name in OPTIMIZERS if name != 'adamw']
     options += [Option(f'activation_checkpointing={kept}', kept=kept) for kept in CHECKPOINTING if kept != 'none']
     options += [Option('lora', lora=True)]
