@@ -329,7 +329,7 @@ def test_accepting_a_cpu(tmp_path, forked):
     assert [record['error'] for record in records.values() if record['passed'] is False] == [] and status == 0, output
     assert records.keys() == set(names.split(',')) and list(records) != names.split(','), 'in the order of importance'
     assert records['resume']['passed'] and records['resume']['figures']['equal_to_the_bit']
-    assert 20 <= records['resume']['figures']['stopped_after'] < 100
+    assert 20 <= records['resume']['figures']['stopped_after'] < 60
     assert (
         records['step']['figures']['batch_size'] == SMALL.batch_size and records['step']['figures']['tokens_per_s'] > 0
     )
