@@ -174,9 +174,8 @@ def train(model, option: Option, device, dtype, steps: int = STEPS, batch_size: 
     # a lower first scale than torch's: a step skipped for its overflow would make all later losses late by one
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     config, losses = model.config, []
-    for step, batch in enumerate(
-        batches(device, steps, batch_size, config.block_size, config.vocab_size, option.documents)
-    ):
+    shape = (batch_size, config.block_size, config.vocab_size)
+    for step, batch in enumerate(batches(device, steps, *shape, option.documents)):
         seed_all(SEED, step)  # of dropout
         losses.append(training_step(model, batch, optimizer, scaler, device, dtype, grad_clip=1.0))
     return torch.stack(losses).tolist()
@@ -263,12 +262,12 @@ def dropout(device: str, dtype: str) -> dict:
         say(f'dropout of {p}')
         n, rows, T = 2**20, 32, 128
         y = Dropout(p).train()(torch.ones(n, device=device))
-        dropped, sigma = (y == 0).double().mean().item(), math.sqrt(p * (1 - p) / n)
+        dropped, sigma = (y == 0).cpu().double().mean().item(), math.sqrt(p * (1 - p) / n)
         result['means'].append({'of': f'dropout of {p}', 'mean': dropped, 'expected': p, 'sigma': sigma})
         result['scale'] = max(result['scale'], (y[y != 0] - 1 / (1 - p)).abs().max().item())
         # With keys of 0 the query at t weighs t + 1 values equally. Of values of 1 it returns the mean of their masks.
         zeros = torch.zeros(rows, 4, T, 32, device=device, dtype=dtype)
-        late = attend(zeros, zeros, torch.ones_like(zeros), None, p)[..., T // 2 :, 0].double()
+        late = attend(zeros, zeros, torch.ones_like(zeros), None, p)[..., T // 2 :, 0].cpu().double()
         variance = sum(p / (1 - p) / (t + 1) for t in range(T // 2, T)) / (T // 2)  # of one query's, on average
         sigma = math.sqrt(variance / late.numel())
         result['means'].append({'of': f'attention with {p}', 'mean': late.mean().item(), 'expected': 1, 'sigma': sigma})
@@ -306,7 +305,7 @@ def compiled(device: str, dtype: str) -> dict:
 
 def chunked(device: str, rows: int, width: int, vocab_size: int) -> dict:
     """The loss computed in chunks and whole, of the same batch -> {'chunked', 'whole'}, each {'loss', 'gradient': its
-    norm, 'peak': bytes or None, 'error'}, and 'difference': norm of the gradients' difference.
+    norm, 'peak': bytes or None}, and 'difference': norm of the gradients' difference.
 
     rows: targets of the batch. In float32. Only CUDA tells a peak of its own for each.
     """
