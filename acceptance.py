@@ -33,7 +33,8 @@ GIB = 2**30
 # options are 2e-2 apart and more, but for the two kinds of GELU, 5e-4, and the gains of queries and keys, 5e-3.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 2e-2, 'float16': 5e-3}
 # Runs of train.py in float32: losses, and weights relative to their norm. A CPU is exact. CUDA adds in an order of its
-# own, which on a CPU moves the weights of 100 steps by 4e-7; without the optimizer's state a resumed run of 60 steps is 0.19 off.
+# own; on a CPU another order moved the weights of 100 steps by 4e-7. A run resumed without its optimizer's state was
+# 0.19 off.
 RUN_TOLERANCE = {'cpu': 0.0, 'cuda': 2e-3, 'mps': 2e-3}
 SIGMAS = 6  # a mean of random numbers is this far off once in 500 million times
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # tried for the largest that fits
