@@ -1,4 +1,4 @@
-"""Time a training step, or text generation.
+"""Time a training step, or text generation; or check all that a new device must do.
 
 python bench.py                                          a step of GPT-2 124M, block 1024, batch 12, and its parts
 python bench.py --profile=True                           also the most expensive operators, and a trace to look at
@@ -8,13 +8,16 @@ python bench.py --mode=decode                            tokens per second of GP
 python bench.py --mode=decode --baseline=transformers    also, taking turns, Hugging Face's generate()
 python bench.py --mode=decode --quantize=int8            with 8-bit weights; int4: 4-bit
 python bench.py --mode=decode --init_from=gpt2 --prompt_tokens=900    of a model as in sample.py, after a long prompt
+python bench.py --mode=accept                            losses, resuming, speed, memory: in 9 minutes, as a table
 """
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from acceptance import accept
 from common.cpu import pack, torch_products, use_onednn_products
 from common.device import (
     autocast,
@@ -42,10 +46,12 @@ from formats.huggingface import to_hugging_face
 from generation import Context, Sample, Sampling, generate, window_start
 from loading import model_vocab_size, open_model
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
-from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless
+from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless, training_step
 from parallel import CHECKPOINTING, checkpoint_activations
 
-mode = 'train'  # 'train': a training step; 'decode': generating text
+PATHS = ('trace_file', 'json_file', 'init_from', 'report_dir')  # settings that are paths
+
+mode = 'train'  # 'train': a training step; 'decode': generating text; 'accept': checks of a device
 batch_size = 12  # sequences in a step
 bias = False  # biases in linear and normalization layers
 optimizer = 'adamw'  # 'adamw', 'muon'
@@ -58,6 +64,7 @@ max_seconds = 60.0  # stop timing after this time; at least one step is timed
 breakdown = True  # also time each kind of work alone: products, attention, norms, loss, optimizer, as long again
 profile = False  # also profile a few steps: print the most expensive operators, write a trace
 trace_file = 'trace.json'  # the profile's trace, for ui.perfetto.dev or chrome://tracing
+json_file = ''  # also write the figures to this file, as one JSON object
 seed = 1337  # of weights and data
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto': the best available
 dtype = 'auto'  # of matrix products: 'float32', 'bfloat16', 'float16'; 'auto': what suits the device
@@ -69,13 +76,23 @@ max_new_tokens = 100  # decode: tokens to generate for each sample
 rounds = 5  # decode: times to measure everything, taking turns
 quantize = ''  # decode: 'int8', 'int4': weights of so many bits on a CPU
 baseline = ''  # also time; train: 'eager', the plain step; decode: 'transformers', or 'recompute', without a cache
-config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=('trace_file', 'init_from'))
+minutes = 8.5  # accept: for all checks together; what does not fit is left out
+checks = ''  # accept: only these, such as 'resume,decoding'; '': all
+report_dir = 'out-accept'  # accept: folder for accept.json and accept.md
+config = configure(globals(), fields=GPTConfig, recipe='train.py', paths=PATHS)
 
-baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute')}
-require(config, 'mode', 'train or decode; tools/compare.py times whole runs to a loss', lambda v: v in baselines)
+baselines = {'train': ('eager',), 'decode': ('transformers', 'recompute'), 'accept': ()}
+modes = 'train, decode or accept; tools/compare.py times whole runs to a loss'
+require(config, 'mode', modes, lambda v: v in baselines)
 require(config, 'baseline', ' or '.join(baselines[mode]), lambda v: v in ('', *baselines[mode]))
 require(config, 'activation_checkpointing', ' or '.join(CHECKPOINTING), lambda v: v in CHECKPOINTING)
 require(config, 'compile', 'True, False or auto', lambda v: v in ('True', 'False', 'auto'))
+require(config, 'minutes', 'above 0', lambda v: 0 < v < math.inf)
+if mode == 'accept':
+    unused = min(config.given - {'mode', 'device', 'compile', 'minutes', 'checks', 'report_dir'}, default='')
+    if unused:
+        raise UserError(f'--{unused}={config[unused]}: has no meaning with --mode=accept; leave it out')
+    sys.exit(accept(device, compile, minutes, report_dir, checks))
 require(config, 'optimizer', ' or '.join(OPTIMIZERS), lambda v: v in OPTIMIZERS)
 require(config, 'batch_size block_size steps rounds', 'at least 1', lambda v: v >= 1)
 require(config, 'vocab_size', 'from 1 to 2,147,483,647', lambda v: 1 <= v < 2**31)
@@ -113,6 +130,7 @@ if baseline == 'transformers' and prompt_tokens + max_new_tokens > model_config.
 block_size, vocab_size = model_config.block_size, model_config.vocab_size
 device, dtype = set_up_device(device, dtype)
 dtype_name = str(dtype).removeprefix('torch.')
+figures = {'device': str(device), 'dtype': dtype_name}  # what --json_file= gets
 
 
 def prefix(name):
@@ -123,6 +141,12 @@ def prefix(name):
 def in_mib(n_bytes):
     """Bytes, or None if unknown -> text."""
     return 'unknown' if n_bytes is None else f'{n_bytes / 2**20:,.0f} MiB'
+
+
+def require_writable(key):
+    """UserError, before the time is spent, if the file of this setting cannot be written."""
+    with user_errors(OSError, where=f'cannot write --{key}={config[key]}: '), open(config[key], 'a'):
+        pass
 
 
 # --- a training step --------------------------------------------------------------------------------------------------
@@ -142,9 +166,10 @@ def bench_training():
     """Time training steps and print their median, and what they are made of; profile a few if asked to."""
     onednn = use_onednn_products(device, block_size)
     if profile:
-        with user_errors(OSError, where=f'cannot write --trace_file={trace_file}: '), open(trace_file, 'a'):
-            pass  # fail before the time is spent
+        require_writable('trace_file')
     model, opt, step = make_step(compile == 'True' or compile == 'auto' and device.type == 'cuda')
+    figures.update(parameters=model.num_params(), batch_size=batch_size, block_size=block_size, losses=[])
+    figures['compiled'] = model._compiled_call_impl is not None
     contenders = {'': (step, nullcontext)}  # name -> step, and the context to run it in
     if baseline:
         with torch_products():
@@ -162,6 +187,8 @@ def bench_training():
         for name, contender in contenders.items():
             loss, seconds = time_step(*contender, next_batch)
             times[name].append(seconds)
+            if not name:
+                figures['losses'].append(loss)
             print(f'{n + 1}/{steps}: {prefix(name)}loss {loss:.4f}, time {1000 * seconds:.2f}ms', flush=True)
 
     peak = report_training(times, model.flops_per_token() * batch_size * block_size, contenders, onednn)
@@ -184,18 +211,9 @@ def make_step(compiled):
     checkpoint_activations(model, activation_checkpointing)
     opt = make_optimizer(model, {**config.recipe, **config}, dtype=dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parameters = list(model.parameters())
 
     def step(batch):
-        with autocast(device, dtype):
-            loss = model(*batch, with_logits=False)[1]
-        scaler.scale(loss).backward()
-        scaler.unscale_(opt)
-        clip_gradients(parameters, config.recipe['grad_clip'])
-        step_unless(torch.zeros((), dtype=torch.bool, device=device), opt)
-        scaler.update()
-        opt.zero_grad()
-        return loss.item()
+        return training_step(model, batch, opt, scaler, device, dtype, config.recipe['grad_clip']).item()
 
     shape = f'batch {batch_size} x {block_size}'
     print(f'{model.num_params():,} parameters, {shape}, {device.type}, {dtype_name}', flush=True)
@@ -203,7 +221,8 @@ def make_step(compiled):
         start = time.perf_counter()
         batch = torch.zeros(2, batch_size, block_size, dtype=torch.long, device=device)
         compile_or_stay_eager([model], lambda: step(batch), device)
-        print(f'compiled in {time.perf_counter() - start:.1f}s', flush=True)
+        figures['compile_seconds'] = time.perf_counter() - start
+        print(f'compiled in {figures["compile_seconds"]:.1f}s', flush=True)
     return model, opt, step
 
 
@@ -258,11 +277,16 @@ def report_training(times, flops, contenders, onednn):
             f'{share_of(peaks[name], flops / median, source)}, '
             f'peak memory {in_mib(peak_memory(device))}{" of both" if baseline else ""}'
         )
+    median = statistics.median(times[''])
+    figures.update(seconds_per_step=median, tokens_per_s=batch_size * block_size / median, flops_per_s=flops / median)
+    figures['share_of_peak'] = flops / median / peaks[''] if peaks[''] else None
+    figures['peak_memory'] = peak_memory(device)
     if baseline:
         ratios = sorted(a / b for a, b in zip(times[''], times[baseline]))
+        figures['time_over_baseline'] = statistics.median(ratios)
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
         middle = f'the middle half of the pairs: {low:.2f} to {high:.2f}'
-        print(f'{statistics.median(ratios):.2f} of the time of {baseline} ({middle})')
+        print(f'{figures["time_over_baseline"]:.2f} of the time of {baseline} ({middle})')
     return peaks['']
 
 
@@ -386,6 +410,7 @@ def bench_decoding():
     seed_all(seed)
     model = (pretrained or GPT(model_config)).eval()
     prompt = torch.randint(vocab_size, (prompt_tokens,)).tolist()
+    n_parameters = model.num_params()  # before packing replaces them
     matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     make_rival = {'': None, 'recompute': make_recomputing_decoder, 'transformers': make_hugging_face_decoder}[baseline]
     rivals = {baseline: make_rival(model, prompt)} if baseline else {}  # made first: packing cannot be undone
@@ -405,6 +430,7 @@ def bench_decoding():
     for n in batch_sizes:
         contenders[''](n)  # allocates what peak_memory reports
     memory = None if baseline else peak_memory(device)
+    figures.update(parameters=n_parameters, peak_memory=memory)
     source = torch.ones(int(matrices * bytes_per_weight) // 4, device=device)  # as many bytes as the matrices have
     decode_in_turns(contenders, source)  # warm-up
     results, bandwidths = {}, []
@@ -456,6 +482,7 @@ def make_decoder(model, prompt, compiled):
                 decode(n, static=True)
 
         compiled = compile_or_stay_eager([model], trial, device, **options)
+        figures['compiled'] = compiled
         if not compiled:
             contexts.clear()
     return lambda n: decode(n, static=compiled)
@@ -521,6 +548,12 @@ def report_decoding(results, matrix_bytes, bandwidth):
         first = statistics.median(result.first for result in decoded)
         total = statistics.median(result.total for result in decoded)
         rates = [n * max_new_tokens / result.total for result in decoded]
+        if not name:
+            figures[f'batch_{n}'] = {
+                'tokens_per_s': n * max_new_tokens / total,
+                'first_s': first,
+                'ids': decoded[-1].ids,
+            }
         line = f'{name or "here"}, batch {n}: {n * max_new_tokens / total:.1f} tokens/s'
         line += f' ({min(rates):.1f} to {max(rates):.1f})'
         if not math.isnan(first):
@@ -553,7 +586,12 @@ def cache_bytes_per_token():
     return 2 * model_config.n_layer * model_config.head_dim * model_config.kv_heads * dtype.itemsize
 
 
+if json_file:
+    require_writable('json_file')
 if mode == 'train':
     bench_training()
 else:
     bench_decoding()
+if json_file:
+    with user_errors(OSError, where=f'cannot write --json_file={json_file}: '), open(json_file, 'w') as file:
+        json.dump(figures, file)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from common.device import autocast
 from common.distributed import ALONE, Ranks
 from common.errors import UserError, warn
 from common.exchange import all_gather, all_to_all
@@ -191,6 +192,23 @@ def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer):
         del optimizer.grad_scale, optimizer.found_inf
     elif not skip:
         optimizer.step()
+
+
+def training_step(model, batch, optimizer, scaler, device: torch.device, dtype: torch.dtype, grad_clip: float = 0.0):
+    """One whole step on one batch, as train.py makes it of a micro-batch -> the loss before the step, a 0-d tensor.
+
+    For measuring and checking; train.py's loop has more to do. The step is skipped if loss or gradient is NaN or
+    infinite. batch: x and y, (B, T) each, and starts (B, T) if documents are masked. scaler: a torch.amp.GradScaler.
+    """
+    with autocast(device, dtype):
+        loss = model(*batch, with_logits=False)[1]
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = clip_gradients([p for group in optimizer.param_groups for p in group['params']], grad_clip)
+    step_unless(~(grad_norm.isfinite() & loss.detach().isfinite()), optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict):

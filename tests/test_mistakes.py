@@ -378,7 +378,7 @@ FRESH = [  # in a folder with the data set data/tiny, before any training
     bench('bench_block', 'train.bin holds 4000 tokens, too few', '--block_size=4000'),
     bench('bench_memory', 'memory', f'--block_size={10**13}'),
     bench('bench_trace', 'cannot write --trace_file=no/t.json', '--profile=True --trace_file=no/t.json'),
-    decode('bench_mode', '--mode=Decode: must be train or decode', '--mode=Decode'),
+    decode('bench_mode', '--mode=Decode: must be train, decode or accept', '--mode=Decode'),
     decode('decode_baseline', '--baseline=hf: must be transformers or recompute', '--baseline=hf'),
     decode('decode_quantize', '--quantize=int5: unknown; use int8', '--quantize=int5'),
     decode('decode_rounds_0', '--rounds=0: must be at least 1', '--rounds=0'),
