@@ -37,16 +37,15 @@ class Config(dict):
     """The settings as a dict from name to value.
 
     given: names of those that a config file or the command line has set.
-    recipe: the settings of another script, see configure.
+    recipe: the settings of another script, also a Config, see configure.
     """
 
     def __init__(self, values, given, recipe=None):
         super().__init__(values)
-        self.given = frozenset(given)
-        self.recipe = recipe or {}
+        self.given, self.recipe = frozenset(given), recipe
 
 
-def configure(settings: dict, argv=None, bare=None, paths=(), fields=None, recipe=None) -> Config:
+def configure(settings: dict, argv=None, bare=None, paths=(), fields=None, recipe=None, recipe_flags=False) -> Config:
     """Apply config files and `--key=value` arguments to `settings`, a script's globals, in place.
 
     Also sets up how the process reports errors: see common.errors.install_error_handling.
@@ -54,34 +53,37 @@ def configure(settings: dict, argv=None, bare=None, paths=(), fields=None, recip
     bare: the setting that receives an argument which is neither a .py file nor starts with dashes.
     paths: settings that are paths, where a leading ~ is the home folder.
     fields: a dataclass, such as GPTConfig, whose fields are settings too unless the script lists them itself.
-    recipe: another script's name, such as 'train.py'. Config files may set its settings too; those that this script
-        lacks end up in Config.recipe, together with their defaults.
+    recipe: another script's name, such as 'train.py'. Config files may set its settings too. All of them, given or with
+        their defaults, end up in Config.recipe; of a setting that both scripts list, the value is this script's.
+    recipe_flags: the command line may set them too, and `fields` are the recipe's: Config.recipe is then what that
+        script itself would get, and Config.given names its settings too.
     Raises UserError for a missing or broken config file, an unknown key (naming the nearest known one) and a value of
     the wrong type.
     """
     install_error_handling()
+    others = read_settings(os.path.join(ROOT, recipe)) if recipe else {}
     for field in dataclasses.fields(fields) if fields else ():
-        settings.setdefault(field.name, field.default)
-    defaults = settings_in(settings)
+        (others if recipe_flags else settings).setdefault(field.name, field.default)
+    own = settings_in(settings)
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
-        print_help(settings, defaults, fields)
+        print_help(settings, own, fields, recipe if recipe_flags else None)
         sys.exit(0)
-    others = read_settings(os.path.join(ROOT, recipe)) if recipe else {}
-    values, given = dict(defaults), set()
+    known = {**others, **own}
+    values, given = dict(known), set()
     for argument in argv:
         if bare and not argument.startswith('-') and not argument.endswith('.py'):
             argument = f'--{bare}={argument}'
         if argument.startswith('--'):
-            assigned = parse_argument(argument, defaults, values)
+            assigned = parse_argument(argument, known if recipe_flags else own, values)
         else:
-            assigned = run_config_file(argument, {**settings, **others, **values}, {**others, **defaults})
-        for key, value in assigned.items():
-            (values if key in defaults else others)[key] = value
+            assigned = run_config_file(argument, {**settings, **values}, known)
+        values.update(assigned)
         given.update(assigned)
     values.update({key: os.path.expanduser(values[key]) for key in paths})
-    settings.update(values)
-    return Config(values, given & defaults.keys(), {k: v for k, v in others.items() if k not in defaults})
+    settings.update({key: values[key] for key in own})
+    theirs = Config({key: values[key] for key in others}, given & others.keys())
+    return Config({key: values[key] for key in own}, given if recipe_flags else given & own.keys(), theirs)
 
 
 def settings_in(namespace: dict) -> dict:
@@ -232,11 +234,16 @@ def check_type(key, value, defaults, where):
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-def print_help(settings, defaults, fields=None):
-    """Print the script's docstring and every setting as `--key=default  comment`, the comment read from the source."""
+def print_help(settings, defaults, fields=None, recipe=None):
+    """Print the script's docstring and every setting as `--key=default  comment`, the comment read from the source.
+
+    recipe: another script whose settings this one accepts too, which its own --help lists.
+    """
     comments = read_comments(sys.modules[fields.__module__].__file__) if fields else {}
     comments.update(read_comments(settings['__file__']))
     print((settings.get('__doc__') or '').strip())
+    if recipe:
+        print(f'\nEvery setting of {recipe} is one of this script too: python {recipe} --help lists them.')
     print('\nSettings, given as --key=value or assigned in a config file:')
     for key, default in defaults.items():
         print(f'  {f"--{key}={default!r}":<42} {comments.get(key, "")}'.rstrip())

@@ -115,6 +115,38 @@ def test_texts_add_up(tmp_path):
         configure(settings(), [str(path)])
 
 
+# --- the settings of another script ----------------------------------------------------------------------------------
+
+
+def test_a_script_takes_the_command_line_of_another(tmp_path):
+    """Config.recipe is what train.py itself makes of the same arguments, whatever the script's own settings are."""
+    file = tmp_path / 'c.py'
+    file.write_text("n_layer = 3\npos = 'rope'\ncompile = False\nmine = 2\ntrackers = ['a']\n")
+    shared = ['--n_head=2', str(file), '--learning_rate=1', '--compile=True', '--out_dir=~/x', '--trackers=b']
+    options = {'fields': GPTConfig, 'paths': ('out_dir', 'init_from')}
+    train = {'__file__': str(REPO / 'train.py'), **read_settings(REPO / 'train.py'), 'mine': 1}
+    expected = configure(train, shared, **options)
+
+    script = {'__file__': __file__, 'mine': 1}
+    config = configure(script, ['--mine=5', *shared, '--mine=7'], **options, recipe='train.py', recipe_flags=True)
+    assert config == {'mine': 7} and script['mine'] == 7 and 'n_layer' not in script
+    assert config.recipe == {key: value for key, value in expected.items() if key != 'mine'}
+    assert config.given == expected.given and config.recipe.given == expected.given - {'mine'}
+    assert config.recipe['bias'] is False, "train.py's default, not that of GPTConfig"
+
+
+def test_flags_of_another_script_must_be_allowed(capsys):
+    """Without recipe_flags they are an error, and with it a misspelt one is."""
+    for options, argument in (({}, '--n_layer=2'), ({'recipe_flags': True}, '--n_layre=2')):
+        with pytest.raises(UserError, match='unknown setting'):
+            configure({'__file__': __file__, 'mine': 1}, [argument], recipe='train.py', **options)
+    with pytest.raises(UserError, match="unknown setting 'n_layre'; the nearest is 'n_layer'"):
+        configure({'__file__': __file__, 'mine': 1}, ['--n_layre=2'], recipe='train.py', recipe_flags=True)
+    with pytest.raises(SystemExit):
+        configure({'__file__': __file__, 'mine': 1}, ['--help'], recipe='train.py', recipe_flags=True)
+    assert 'Every setting of train.py' in (text := capsys.readouterr().out) and '--mine=1' in text
+
+
 # --- what a config file may do ----------------------------------------------------------------------------------------
 
 
