@@ -27,6 +27,7 @@ from checks import (
     check_gradients,
     check_learning_rate,
     check_links,
+    check_loss,
     check_optimizer_groups,
     check_save,
     check_schedule,
@@ -39,6 +40,7 @@ from checks import (
 )
 from common.distributed import end, find_ranks
 from common.errors import UserError, say, user_errors
+from common.files import remove_locks
 from common.tracking import chosen_trackers
 from configurator import configure, require
 from datachecks import Finding, check_documents, check_ids, check_leak, check_splits, check_tokenizer, count_ids
@@ -79,8 +81,16 @@ class Warnings(io.TextIOBase):
         return len(text)
 
 
+def clean_up():
+    """Remove the check's own folder."""
+    if ranks.is_main:
+        remove_locks()  # Windows removes no open files
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def finish():
     """Print the JSON object, and end with the status that the findings ask for."""
+    clean_up()
     errors = ranks.gather(sum(finding.level == 'error' for finding in findings))[0]  # the main rank has all
     warnings = sum(finding.level == 'warning' for finding in findings)
     if json:
@@ -95,7 +105,7 @@ out_dir, folder = recipe['out_dir'], folder_beside(recipe['out_dir'])
 if ranks.is_main:
     with user_errors(OSError, where=f'cannot make {folder} (remove it, if a check that was killed has left it): '):
         os.mkdir(folder)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(clean_up)
     if recipe['init_from'] in ('resume', 'auto'):
         link_saves(out_dir, folder)
 changes = {'out_dir': folder, 'keep_saves': 1, 'trackers': (), 'wandb_log': False, 'compile': 'False'}
@@ -131,10 +141,10 @@ report(check_first_loss(run, batches[0]))
 if training:
     trial = try_steps(run, batches)
     report(check_gradients(run, trial), check_optimizer_groups(run, trial), check_learning_rate(run, trial))
-    report(check_links(run))
     if not trial.unused:
         report(check_by_heart(run, batches[0]))
-report(check_causality(run, batches[0]))
+    report(check_links(run))
+report(check_loss(run, batches[0]), check_causality(run, batches[0]))  # of a model that has learned something
 if training:
     report(check_clocks(run, folder))
     resume = partial(set_up, recipe, **{**changes, 'init_from': 'resume'})
