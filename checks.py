@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -132,13 +133,21 @@ def held_out(run: Run) -> Batch:
     return Batch(*next(batches))
 
 
-@torch.no_grad()
+@contextmanager
+def no_training(run: Run, dropout: bool = False):
+    """A context in which the model is looked at, not trained."""
+    run.raw_model.train(dropout)
+    with torch.no_grad():
+        yield
+    run.raw_model.train()
+    if hasattr(run.raw_model, 'reshard'):  # it keeps whole weights, whose names then hide the sharded ones
+        run.raw_model.reshard()
+
+
 def loss_of(run: Run, batch: Batch) -> float:
     """The loss in eval mode, as the run computes it; the mean over the ranks."""
-    run.raw_model.eval()
-    with autocast(run.device, run.dtype):
+    with no_training(run), autocast(run.device, run.dtype):
         loss = run.raw_model(*batch, with_logits=False)[1].float()
-    run.raw_model.train()
     return run.ranks.mean(loss).item()
 
 
@@ -255,18 +264,15 @@ def check_targets(run: Run, batches: list[Batch]) -> Finding:
     return judge('targets', found, (wrong, 'error', advice), (not targets, 'error', 'the mask hides all of them'))
 
 
-@torch.no_grad()
 def check_loss(run: Run, batch: Batch) -> Finding:
     """Is the model's loss what its logits say of the targets? With one target in each sequence, so that a loss that
     takes the logits of another position, or another target, shows; of a model that has learned something."""
     x, y, starts = small(run, batch)
-    run.raw_model.eval()
-    logits = run.raw_model(x, y, starts)[0].float()
     seen = (y >= 0).cumsum(1)
     columns = (seen > seen[:, -1:] // 2).int().argmax(1, keepdim=True)  # the target in the middle
     one = torch.full_like(y, -1).scatter(1, columns, y.gather(1, columns))
-    loss = run.raw_model(x, one, starts)[1].float()
-    run.raw_model.train()
+    with no_training(run):
+        logits, loss = run.raw_model(x, y, starts)[0].float(), run.raw_model(x, one, starts)[1]
     of_all = torch.nn.functional.cross_entropy(logits.mT, y.clamp_min(0), reduction='none')  # (B, T)
     expected = (of_all * (one >= 0)).sum() / (one >= 0).sum().clamp_min(1)
     losses = run.ranks.gather((loss.item(), expected.item()))
@@ -277,18 +283,17 @@ def check_loss(run: Run, batch: Batch) -> Finding:
     return judge('loss', found, (wrong, 'error', advice))
 
 
-@torch.no_grad()
 def check_causality(run: Run, batch: Batch) -> Finding:
     """Do the logits at a position change with a later token? With --mask_documents, with one of another document?"""
     x, y, starts = small(run, batch)
     half = x.size(1) // 2
-    run.raw_model.eval()
     other = (x + torch.randint(1, max(2, run.n_ids), x.shape, device=x.device)) % run.n_ids
 
     def change(early: bool, starts) -> tuple[float, float]:
         """The largest change of logits, in the first half and in the second, if the early or late half is another."""
         changed = torch.cat((other[:, :half], x[:, half:]) if early else (x[:, :half], other[:, half:]), dim=1)
-        moved = (run.raw_model(changed, y, starts)[0] - run.raw_model(x, y, starts)[0]).abs()
+        with no_training(run):
+            moved = (run.raw_model(changed, y, starts)[0] - run.raw_model(x, y, starts)[0]).abs()
         return moved[:, :half].max().item(), moved[:, half:].max().item()
 
     leak, effect = change(False, starts)
@@ -296,7 +301,6 @@ def check_causality(run: Run, batch: Batch) -> Finding:
     if starts is not None:
         columns = torch.arange(x.size(1), device=x.device).expand_as(x)
         between = change(True, torch.where(columns < half, 0, half))[1]
-    run.raw_model.train()
     leak, effect, between = run.ranks.sum([leak, effect, between])
     limit = 1e-3 * effect
     found = f'another half of the tokens changes the logits by {leak:.1g} before it, {effect:.2g} in it'
@@ -517,7 +521,7 @@ def digest(value) -> str:
 def next_loss(run: Run, batch: Batch) -> float:
     """The loss of the coming step on a small part of its first batch, with dropout as in the run."""
     seed_all(run.seed, run.iter_num)
-    with autocast(run.device, run.dtype), torch.no_grad():
+    with no_training(run, dropout=True), autocast(run.device, run.dtype):
         return run.raw_model(*small(run, batch), with_logits=False)[1].item()
 
 
