@@ -11,6 +11,7 @@ import atexit
 import io
 import os
 import shutil
+import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -39,7 +40,7 @@ from checks import (
     try_steps,
 )
 from common.distributed import end, find_ranks
-from common.errors import UserError, say, user_errors
+from common.errors import UserError, leave, say, user_errors
 from common.files import remove_locks
 from common.tracking import chosen_trackers
 from configurator import configure, require
@@ -77,7 +78,7 @@ class Warnings(io.TextIOBase):
             if line.startswith('warning: '):
                 self.kept.append(line.removeprefix('warning: '))
             else:
-                print(line, file=self.target, flush=True)
+                print(line.replace(folder, out_dir), file=self.target, flush=True)
         return len(text)
 
 
@@ -106,6 +107,7 @@ if ranks.is_main:
     with user_errors(OSError, where=f'cannot make {folder} (remove it, if a check that was killed has left it): '):
         os.mkdir(folder)
     atexit.register(clean_up)
+    signal.signal(signal.SIGTERM, lambda *_: leave(128 + signal.SIGTERM))  # else that would not be called
     if recipe['init_from'] in ('resume', 'auto'):
         link_saves(out_dir, folder)
 changes = {'out_dir': folder, 'keep_saves': 1, 'trackers': (), 'wandb_log': False, 'compile': 'False'}
@@ -149,7 +151,7 @@ if training:
     report(check_clocks(run, folder))
     resume = partial(set_up, recipe, **{**changes, 'init_from': 'resume'})
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()) as again, redirect_stderr(again):  # train.py repeats what it said
             saved, size = check_save(run, resume, folder)
         report(saved, check_disk(recipe, out_dir, folder, size))
     except UserError as error:

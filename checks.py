@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.checkpoint import files_of_run, link_files
+from common.checkpoint import BEST, BEST_PARTS, files_of_run, link_files
 from common.device import autocast, seed_all, synchronize
 from common.distributed import StopSignal
+from common.errors import UserError
 from common.sharded import host_copy, part
 from configurator import ROOT
 from datachecks import Finding, judge
@@ -39,6 +40,7 @@ TRIAL_STEPS = 10  # at the run's own learning rate, after a warm-up over half of
 HEART_TOKENS = 64  # of the batch that is learned by heart, on each rank
 HEART_STEPS = 40
 HEART_RATES = (3e-3, 3e-4, 3e-2)  # tried in turn, where the one before does not do; what suits most models first
+LOOKED_AT = 2  # sequences of which all logits are held in memory
 LINK_BYTES = 2**22  # sent between ranks, several times
 
 
@@ -60,7 +62,9 @@ def set_up(config, **changes) -> Run:
     path = os.path.join(ROOT, 'train.py')
     with open(path, encoding='utf-8') as file:
         body = ast.parse(file.read()).body
-    loop = next(i for i, node in enumerate(body) if isinstance(node, ast.While))
+    loop = next((i for i, node in enumerate(body) if isinstance(node, (ast.While, ast.For))), None)
+    if loop is None:
+        raise UserError(f'{path} has no loop at its top level, up to which check.py could run it')
     namespace = {'__name__': '__main__', '__file__': path}
     settings = {key: config[key] for key in config.given} | changes
     arguments, handlers = sys.argv, {signum: signal.getsignal(signum) for signum in StopSignal.SIGNALS}
@@ -92,10 +96,11 @@ def folder_beside(out_dir: str) -> str:
 
 
 def link_saves(out_dir: str, folder: str):
-    """Let `folder` hold the saves of the run in out_dir, if there is one: as links, which can be replaced and removed
-    without changing the run."""
+    """Let `folder` hold what resumes the run in out_dir, if there is one: as links, which can be replaced and removed
+    without changing the run. Not its metrics.jsonl, to which a resumed run appends."""
     if os.path.isdir(out_dir):
-        link_files(out_dir, [name for name in files_of_run(out_dir) if name != 'metrics.jsonl'], folder)
+        omitted = (BEST, BEST_PARTS, 'metrics.jsonl')
+        link_files(out_dir, [name for name in files_of_run(out_dir) if name not in omitted], folder)
 
 
 # --- small batches ----------------------------------------------------------------------------------------------------
@@ -192,22 +197,16 @@ def listed(names: list[str], most: int = 3) -> str:
 
 def check_schedule(run: Run) -> Finding:
     """Do the settings that count iterations fit together?"""
-    config, n = run.config, run.max_iters
-    rate = partial(
-        learning_rate_at,
-        **{key: config[key] for key in 'learning_rate min_lr warmup_iters lr_decay_iters cooldown_iters'.split()},
-    )
-    decays = config['decay_lr'] and n
-    peak = peak_rate(run)
-    last = rate(n - 1) if decays else peak
+    n, decays, peak = run.max_iters, run.decay_lr and run.max_iters > 0, peak_rate(run)
+    last = rate_at(run, n - 1) if decays else peak
     rules = {
-        'raise --learning_rate: nothing is learned at 0': not config['learning_rate'],
+        'raise --learning_rate: nothing is learned at 0': not run.learning_rate,
         f'lower --warmup_iters={run.warmup_iters}: it takes most of the run': decays and n / 2 < run.warmup_iters <= n,
         f'set --lr_decay_iters={n}, as --max_iters: the run ends before the rate has come down': (
-            decays and last > 0.5 * peak > config['min_lr'] and n > run.warmup_iters
+            decays and last > 0.5 * peak > run.min_lr and n > run.warmup_iters
         ),
         f'set --lr_decay_iters={n}, as --max_iters: the rate is at its lowest for half of the run': (
-            decays and 2 * run.lr_decay_iters < n and config['min_lr'] < 0.5 * peak
+            decays and 2 * run.lr_decay_iters < n and run.min_lr < 0.5 * peak
         ),
         f'lower --cooldown_iters={run.cooldown_iters}: it begins before the warm-up has ended': (
             decays and run.cooldown_iters > max(0, run.lr_decay_iters - run.warmup_iters)
@@ -222,17 +221,20 @@ def check_schedule(run: Run) -> Finding:
     return judge('schedule', found, (advice, 'warning', advice))
 
 
-def peak_rate(run: Run) -> float:
-    """The highest learning rate of AdamW that is still to come."""
-    config = run.config
-    if not config['decay_lr']:
+def rate_at(run: Run, step: int) -> float:
+    """The learning rate of a step, as train.py sets it."""
+    if not run.decay_lr:
         return run.learning_rate
-    points = torch.linspace(run.iter_num, max(run.iter_num, run.max_iters - 1), 1000).long().tolist()
-    points += [run.warmup_iters] * (run.iter_num <= run.warmup_iters < run.max_iters)
-    return max(
-        learning_rate_at(point, run.learning_rate, run.min_lr, run.warmup_iters, run.lr_decay_iters, run.cooldown_iters)
-        for point in points
+    return learning_rate_at(
+        step, run.learning_rate, run.min_lr, run.warmup_iters, run.lr_decay_iters, run.cooldown_iters
     )
+
+
+def peak_rate(run: Run) -> float:
+    """The highest learning rate that is still to come, looked for at a thousand steps and at the end of the warm-up."""
+    steps = torch.linspace(run.iter_num, max(run.iter_num, run.max_iters - 1), 1000).long().tolist()
+    steps += [run.warmup_iters] * (run.iter_num <= run.warmup_iters < run.max_iters)
+    return max(rate_at(run, step) for step in steps)
 
 
 def check_epochs(run: Run) -> Finding:
@@ -267,7 +269,7 @@ def check_targets(run: Run, batches: list[Batch]) -> Finding:
 def check_loss(run: Run, batch: Batch) -> Finding:
     """Is the model's loss what its logits say of the targets? With one target in each sequence, so that a loss that
     takes the logits of another position, or another target, shows; of a model that has learned something."""
-    x, y, starts = small(run, batch)
+    x, y, starts = cut(small(run, batch), LOOKED_AT, run.block_size)
     seen = (y >= 0).cumsum(1)
     columns = (seen > seen[:, -1:] // 2).int().argmax(1, keepdim=True)  # the target in the middle
     one = torch.full_like(y, -1).scatter(1, columns, y.gather(1, columns))
@@ -285,7 +287,7 @@ def check_loss(run: Run, batch: Batch) -> Finding:
 
 def check_causality(run: Run, batch: Batch) -> Finding:
     """Do the logits at a position change with a later token? With --mask_documents, with one of another document?"""
-    x, y, starts = small(run, batch)
+    x, y, starts = cut(small(run, batch), LOOKED_AT, run.block_size)
     half = x.size(1) // 2
     other = (x + torch.randint(1, max(2, run.n_ids), x.shape, device=x.device)) % run.n_ids
 
@@ -303,9 +305,9 @@ def check_causality(run: Run, batch: Batch) -> Finding:
         between = change(True, torch.where(columns < half, 0, half))[1]
     leak, effect, between = run.ranks.sum([leak, effect, between])
     limit = 1e-3 * effect
-    found = f'another half of the tokens changes the logits by {leak:.1g} before it, {effect:.2g} in it'
+    found = f'other tokens in the second half change the logits before them by {leak:.1g}, theirs by {effect:.2g}'
     if starts is not None:
-        found += f', {between:.1g} in another document'
+        found += f', those of another document by {between:.1g}'
     advice = (
         'a position may attend to itself and earlier ones alone: see attention_mask in model.py, common/attention.py'
     )
@@ -352,7 +354,7 @@ class Trial(NamedTuple):
     """What a few steps at the run's own learning rate did."""
 
     unused: list[str]  # parameters that no gradient reaches
-    broken: list[str]  # those whose gradient was NaN or infinite
+    broken: list[str]  # those whose gradient was NaN or infinite in the last step
     zero: list[str]  # those whose gradient was zero in all steps
     still: list[str]  # those that no step changed
     before: float  # the loss on a batch of val
@@ -373,18 +375,18 @@ def try_steps(run: Run, batches: list[Batch]) -> Trial:
     run.raw_model.zero_grad(set_to_none=True)
     with autocast(run.device, run.dtype):
         run.raw_model(*batches[0], with_logits=False)[1].backward()  # alone: ranks that wait for a gradient would hang
-    unused = anywhere(run, names, [p.grad is None for p in parameters])
+    unused = anywhere(run, names, [p.grad is None and part(p).numel() > 0 for p in parameters])
     if unused:
         run.raw_model.zero_grad(set_to_none=True)
         return Trial(unused, [], [], [], before, before, 0.0)
     rate = peak_rate(run) / run.learning_rate if run.learning_rate else 0.0
-    reached, broken = torch.zeros(2, len(names), dtype=torch.bool)
+    reached = [False] * len(names)
     for step in range(TRIAL_STEPS):
         training_step(run, run.opt, batches[step % len(batches)], rate * min(1, 2 * (step + 1) / TRIAL_STEPS))
-        for i, p in enumerate(parameters):
-            gradient = part(p.grad)
-            reached[i] |= bool(gradient.any())
-            broken[i] |= not gradient.isfinite().all()
+        gradients = [part(p)[:0] if p.grad is None else part(p.grad) for p in parameters]  # None: a part without rows
+        reached = [before or bool(gradient.any()) for before, gradient in zip(reached, gradients)]
+    # of the last step: in float16 the first ones are to overflow, until the scaler has found its scale
+    broken = anywhere(run, names, [not gradient.isfinite().all() for gradient in gradients])
     after = loss_of(run, val)
     squares = [
         ((part(p).detach().cpu() - copy).square().sum().item(), copy.square().sum().item())
@@ -392,22 +394,20 @@ def try_steps(run: Run, batches: list[Batch]) -> Trial:
     ]
     changes, sizes = (run.ranks.sum(values) for values in zip(*squares))
     ratios = [math.sqrt(change / size) for p, change, size in zip(parameters, changes, sizes) if size and p.dim() > 1]
-    somewhere = set(anywhere(run, names, reached.tolist()))
+    somewhere = set(anywhere(run, names, reached))
     run.raw_model.zero_grad(set_to_none=True)
     restore(parameters, copies)
     zero = [name for name in names if name not in somewhere]
     still = [name for name, change in zip(names, changes) if not change]
-    broken = anywhere(run, names, broken.tolist())
     return Trial(unused, broken, zero, still, before, after, statistics.median(ratios) if ratios else 0.0)
 
 
 def check_gradients(run: Run, trial: Trial) -> Finding:
     """Does the loss have a gradient with respect to every parameter?"""
     n = sum(p.requires_grad for p in run.raw_model.parameters())
-    first_is_new = run.checkpoint is None and run.init_from == 'scratch'
-    frozen = [
-        name for name, p in run.raw_model.named_parameters() if not p.requires_grad and not lora_of(run.raw_model)
-    ]
+    frozen = [name for name, p in run.raw_model.named_parameters() if not p.requires_grad]
+    if lora_of(run.raw_model):
+        frozen = []  # all but the adapter, on purpose
     found = f'they reach all {n} parameters'
     if trial.unused:
         found = f'no gradient reaches {listed(trial.unused)} of {n} parameters'
@@ -419,16 +419,13 @@ def check_gradients(run: Run, trial: Trial) -> Finding:
         found = f'{listed(frozen)} parameters have requires_grad=False'
     use = 'let the forward pass use them, or remove them: see model.py'
     numbers = 'lower --learning_rate, raise --warmup_iters, or use --dtype=float32'
+    learn = 'they keep their first values: let them learn, or leave them out'
     return judge(
         'gradients',
         found,
-        (trial.unused or trial.zero, 'error', use),
-        (trial.broken, 'warning' if run.dtype == torch.float16 else 'error', numbers),
-        (
-            frozen,
-            'error' if first_is_new else 'warning',
-            'they keep their first values: let them learn, or is it meant?',
-        ),
+        (trial.unused or trial.zero and run.learning_rate, 'error', use),
+        (trial.broken, 'error', numbers),
+        (frozen, 'error' if run.init_from == 'scratch' else 'warning', learn),
     )
 
 
@@ -621,7 +618,7 @@ def check_links(run: Run) -> Finding:
     ranks = run.ranks
     if ranks.world_size == 1:
         return judge('ranks', 'one process, nothing to exchange')
-    numbers = torch.ones(LINK_BYTES // 4, device=run.device)
+    numbers = torch.zeros(LINK_BYTES // 4, device=run.device)
     matrix = torch.randn(512, 512, device=run.device)
 
     def seconds(work) -> float:
@@ -639,7 +636,7 @@ def check_links(run: Run) -> Finding:
         for _ in range(4):
             matrix @ matrix
 
-    reduce = max(ranks.gather(seconds(lambda: dist.all_reduce(numbers.zero_()))))
+    reduce = max(ranks.gather(seconds(lambda: dist.all_reduce(numbers))))
     sending = [max(ranks.gather(seconds(partial(dist.broadcast, numbers, src)))) for src in range(ranks.world_size)]
     computing = ranks.gather(seconds(products))
     found = f'{ranks.world_size} of them sum {LINK_BYTES / 1e6:.0f} MB at {LINK_BYTES / reduce / 1e9:.2f} GB/s'

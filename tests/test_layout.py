@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 
 FOLDERS = ('common', 'formats', 'tools', 'data')
-SCRIPTS = {'train', 'sample', 'evaluate', 'export', 'bench'}  # people run them, no file imports them
+SCRIPTS = {'train', 'sample', 'evaluate', 'export', 'bench', 'check'}  # people run them, no file imports them
 
 
 def modules():
