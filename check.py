@@ -50,9 +50,8 @@ from model import GPTConfig
 json = False  # print one JSON object in place of lines
 max_tokens = 2**26  # tokens of each split to look at; a larger one is looked at in evenly spaced pieces
 max_passages = 2**16  # passages of val to look for in train
-config = configure(
-    globals(), fields=GPTConfig, recipe='train.py', recipe_flags=True, paths=('out_dir', 'init_from', 'eval_tasks_path')
-)
+PATHS = ('out_dir', 'init_from', 'eval_tasks_path')
+config = configure(globals(), fields=GPTConfig, recipe='train.py', recipe_flags=True, paths=PATHS)
 require(config, 'max_tokens max_passages', 'at least 1000', lambda v: v >= 1000)
 recipe = config.recipe
 chosen_trackers(recipe)  # a missing package; none of them is started
@@ -91,8 +90,8 @@ def clean_up():
 
 def finish():
     """Print the JSON object, and end with the status that the findings ask for."""
-    clean_up()
     errors = ranks.gather(sum(finding.level == 'error' for finding in findings))[0]  # the main rank has all
+    clean_up()
     warnings = sum(finding.level == 'warning' for finding in findings)
     if json:
         say(dumps({'errors': errors, 'warnings': warnings, 'findings': [f._asdict() for f in findings]}, indent=1))
@@ -153,7 +152,9 @@ if training:
     try:
         with redirect_stdout(io.StringIO()) as again, redirect_stderr(again):  # train.py repeats what it said
             saved, size = check_save(run, resume, folder)
-        report(saved, check_disk(recipe, out_dir, folder, size))
+        report(saved)
+        if ranks.is_main:
+            report(check_disk(recipe, out_dir, folder, size))
     except UserError as error:
         if ranks.world_size > 1:
             raise
