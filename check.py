@@ -54,7 +54,8 @@ PATHS = ('out_dir', 'init_from', 'eval_tasks_path')
 config = configure(globals(), fields=GPTConfig, recipe='train.py', recipe_flags=True, paths=PATHS)
 require(config, 'max_tokens max_passages', 'at least 1000', lambda v: v >= 1000)
 recipe = config.recipe
-chosen_trackers(recipe)  # a missing package; none of them is started
+if not recipe['eval_only']:
+    chosen_trackers(recipe)  # a missing package is an error; none of them is started
 findings, ranks = [], find_ranks()
 
 

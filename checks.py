@@ -489,7 +489,6 @@ def check_by_heart(run: Run, batch: Batch) -> Finding:
             break
     run.raw_model.train()
     run.raw_model.zero_grad(set_to_none=True)
-    run.opt = opt  # what has a state, to be saved
     found = f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps on {batch.x.numel()} tokens'
     advice = 'the model cannot learn even these: look at the loss, the gradients and the optimizer'
     learned = losses[-1] <= 0.3 * losses[0]
@@ -559,8 +558,9 @@ def check_save(run: Run, resume: Callable[[], Run], folder: str) -> tuple[Findin
 
 def save_size(folder: str) -> int:
     """Bytes of the saves in a folder."""
-    paths = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names if name not in ('.lock',)]
-    return sum(os.path.getsize(path) for path in paths if not path.endswith('metrics.jsonl'))
+    other = ('.lock', 'metrics.jsonl')
+    paths = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names if name not in other]
+    return sum(map(os.path.getsize, paths))
 
 
 def check_disk(config, out_dir: str, folder: str, size: int) -> Finding:
@@ -643,7 +643,7 @@ def check_links(run: Run) -> Finding:
     slow = []
     for what, times in (('sending', sending), ('computing', computing)):
         worst = max(range(len(times)), key=times.__getitem__)
-        ratio = times[worst] / statistics.median(times)
+        ratio = times[worst] / statistics.median_low(times)  # of two ranks, the faster one's
         found += f', slowest in {what}: rank {worst}, {ratio:.1f} times the median'
         slow += [f'rank {worst}'] * (ratio > 3)
     same = ranks.gather(digest_of_weights(run)) if run.mesh is None else [0]

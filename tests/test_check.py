@@ -227,10 +227,11 @@ def test_two_ranks(workspace, parallel):
     before = files_in(workspace)
     results = run_forked_ranks(2, 'check.py', *TINY, *LONG, f'--parallel={parallel}', cwd=workspace)
     lines = results[0].stdout.splitlines()
-    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    bad = [line for line in lines[:-1] if not line.startswith('ok')]
+    # one rank may look slow on a machine that does other things; that is not for a test
+    assert all('ranks' in line and 'times the median' in line for line in bad), lines + [r.stderr for r in results]
+    assert [result.returncode for result in results] == [2 if bad else 0] * 2
     assert len(lines) == len(CHECKS) + 1 and results[1].stdout == ''
-    # how fast the ranks are is not for a test, on a machine that does other things
-    assert not [line for line in lines[:-1] if not line.startswith('ok') and 'ranks' not in line]
     assert files_in(workspace) == before
 
 
