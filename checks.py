@@ -28,7 +28,7 @@ from common.distributed import StopSignal
 from common.errors import UserError
 from common.sharded import host_copy, part
 from configurator import ROOT
-from datachecks import Finding, judge
+from datachecks import Finding, entropy, judge
 from dataloader import eval_batches, training_batches
 from lora import lora_of
 from optim import clip_gradients, learning_rate_at, make_optimizer, step_unless
@@ -38,7 +38,7 @@ FLOPS = {'cpu': 5e10}  # of a step of the checks: a second or less
 FLOPS_ELSEWHERE = 5e12
 TRIAL_STEPS = 10  # at the run's own learning rate, after a warm-up over half of them
 HEART_TOKENS = 64  # of the batch that is learned by heart, on each rank
-HEART_STEPS = 40
+HEART_STEPS = 100
 HEART_RATES = (3e-3, 3e-4, 3e-2)  # tried in turn, where the one before does not do; what suits most models first
 LOOKED_AT = 2  # sequences of which all logits are held in memory
 LINK_BYTES = 2**22  # sent between ranks, several times
@@ -469,29 +469,32 @@ def check_learning_rate(run: Run, trial: Trial) -> Finding:
 def check_by_heart(run: Run, batch: Batch) -> Finding:
     """Can the model learn a few tokens by heart, at a learning rate that suits most models?
 
-    The weights stay as they are then: those of a model that has learned something.
+    It has if they cost half of what they do by their frequencies alone, or little of what they did at first. The
+    weights stay as they are then: those of a model that has learned something.
     """
     batch = cut(batch, 1, HEART_TOKENS)
     parameters = [p for p in run.raw_model.parameters() if p.requires_grad]
     copies = host_copy(parameters)
+    counts = batch.y[batch.y >= 0].unique(return_counts=True)[1].cpu().numpy()
+    by_frequency = sum(run.ranks.gather(entropy(counts / max(1, counts.sum())))) / run.ranks.world_size
     run.raw_model.eval()  # no dropout
     for highest in HEART_RATES:
         restore(parameters, copies)
         opt = make_optimizer(run.raw_model, run.config, run.ranks, run.dtype)
         for group in opt.param_groups:
             group['initial_lr'] = highest * (7 if 'momentum' in group else 1)  # Muon's steps are smaller
-        losses = []
-        for step in range(HEART_STEPS):
-            losses.append(training_step(run, opt, batch, min(1, (step + 1) / 5)))
-            if not losses[-1] > 0.3 * losses[0]:
+        losses, learned = [], False
+        while len(losses) < HEART_STEPS and not learned:
+            losses.append(training_step(run, opt, batch, min(1, (len(losses) + 1) / 5)))
+            learned = losses[-1] <= max(0.5 * by_frequency, 0.3 * losses[0])
+            if not math.isfinite(losses[-1]):
                 break
-        if losses[-1] <= 0.3 * losses[0]:
+        if learned:
             break
     run.raw_model.train()
     run.raw_model.zero_grad(set_to_none=True)
     found = f'loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps on {batch.x.numel()} tokens'
     advice = 'the model cannot learn even these: look at the loss, the gradients and the optimizer'
-    learned = losses[-1] <= 0.3 * losses[0]
     return judge('by heart', found, (not learned, 'error', advice))
 
 
