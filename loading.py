@@ -31,7 +31,12 @@ from tokenizer import check_spec, same_ids, text_vocab_size
 
 # fields that weights fix, and that settings may ask for
 SHAPE = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in ('vocab_size', 'dropout')]
-MAY_CHANGE = ('init_from', 'eval_only', 'compile')  # settings that may change on resume without being reported
+MAY_CHANGE = (
+    'init_from',
+    'out_dir',
+    'eval_only',
+    'compile',
+)  # settings that may change on resume without being reported
 
 
 # --- for scripts ------------------------------------------------------------------------------------------------------

@@ -115,9 +115,9 @@ class StepCounter:
         if key in self.known:
             return self.known[key]
         at_once = MAX_LOGITS / (self.model_config.vocab_size * self.model_config.block_size)  # sequences of a chunk
-        # a loss in chunks is another line, and a short last one must not matter
-        low = math.ceil(3 * at_once) if batch > at_once else 1
-        if batch <= 2 * low or exact and batch <= MAX_CHUNKS * at_once:
+        # a loss in chunks is another line; a short last chunk must not matter
+        low = math.ceil(3 * at_once) if batch > at_once or at_once < 16 else 1
+        if batch in (low, 2 * low) or exact and batch <= max(2 * low, MAX_CHUNKS * at_once):
             self.known[key] = self.count_micro_batch(*key)
             return self.known[key]
         a, b = (self.stretches(n, checkpointing, later) for n in (low, 2 * low))

@@ -30,6 +30,7 @@ from common.sharded import CONTENTS
 
 LATEST, BEST = 'ckpt.pt', 'ckpt_best.pt'
 LATEST_PARTS, BEST_PARTS = 'ckpt.json', 'ckpt_best.json'
+SINGLE = (LATEST, LATEST_PARTS, BEST, BEST_PARTS, 'metrics.jsonl')  # files of which a run has one each
 STATE = 'state.pt'  # in a folder of parts
 KEPT = re.compile(r'ckpt_\d{8,}(-\d+)?(\.pt)?(\.part)?')  # names of folders and of kept files
 
@@ -66,20 +67,34 @@ def has_run(out_dir: str) -> bool:
     return latest(out_dir) is not None
 
 
+def files_of_run(out_dir: str) -> list[str]:
+    """Names of the files and folders in out_dir that belong to its run."""
+    return [
+        name
+        for name in os.listdir(out_dir)
+        if KEPT.fullmatch(name)
+        or (name in SINGLE or name.startswith('ckpt_optimizer_'))
+        and os.path.isfile(os.path.join(out_dir, name))
+    ]
+
+
+def link_files(folder: str, names: list[str], target: str):
+    """Give files and folders of `folder` a second place, in the folder `target`, see link."""
+    for name in names:
+        source, copy = os.path.join(folder, name), os.path.join(target, name)
+        if os.path.isdir(source):
+            shutil.copytree(source, copy, copy_function=link)
+        else:
+            link(source, copy)
+
+
 def set_aside(out_dir: str) -> str | None:
     """Move an earlier run's files from out_dir to out_dir/previous-N, so that a new run can start there.
 
     Returns the folder, or None if there was no run. Files are linked first and removed after, so that a crash in
     between leaves the run complete in one of the two places.
     """
-    single = (LATEST, LATEST_PARTS, BEST, BEST_PARTS, 'metrics.jsonl')
-    names = [
-        name
-        for name in os.listdir(out_dir)
-        if KEPT.fullmatch(name)
-        or (name in single or name.startswith('ckpt_optimizer_'))
-        and os.path.isfile(os.path.join(out_dir, name))
-    ]
+    names = files_of_run(out_dir)
     if not names:
         return None
     n = 1
@@ -88,13 +103,8 @@ def set_aside(out_dir: str) -> str | None:
     target = os.path.join(out_dir, f'previous-{n}')
     with user_errors(OSError, where=f'cannot move the earlier run in {out_dir} to {target}: '):
         os.mkdir(target)
-        for name in names:
-            source, copy = os.path.join(out_dir, name), os.path.join(target, name)
-            if os.path.isdir(source):
-                shutil.copytree(source, copy, copy_function=link)
-            else:
-                link(source, copy)
-        for name in sorted(names, key=lambda name: name not in single):  # ckpt.pt first: it needs its optimizer file
+        link_files(out_dir, names, target)
+        for name in sorted(names, key=lambda name: name not in SINGLE):  # ckpt.pt first: it needs its optimizer file
             remove(os.path.join(out_dir, name))
     with suppress(OSError):  # none there; or it is being read, on Windows: the new run then hides the earlier curves
         os.rename(os.path.join(out_dir, 'tensorboard'), os.path.join(target, 'tensorboard'))

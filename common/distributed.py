@@ -94,14 +94,15 @@ def waiting_limit(timeout: float) -> timedelta:
 
 
 def join_ranks(backend: str, device: torch.device, ranks: Ranks, timeout: float = 600):
-    """Connect the ranks and watch for their signs of life; a single process has nothing to connect.
+    """Connect the ranks and watch for their signs of life; a single process, or one that has done so before, has
+    nothing to connect.
 
     backend: 'auto' (nccl on CUDA, gloo elsewhere), 'nccl' or 'gloo'. timeout: seconds after which the job ends when a
     rank dies or hangs. UserError if the backend is unknown or fails to connect.
     """
     if backend not in ('auto', 'nccl', 'gloo'):
         raise UserError(f'--backend={backend}: unknown; use auto, nccl or gloo')
-    if ranks.world_size == 1:
+    if ranks.world_size == 1 or dist.is_initialized():
         return
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
