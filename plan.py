@@ -381,5 +381,4 @@ else:
     report(plan, totals, table, advice)
 if plot:
     draw(plot)
-if measure:
-    end(ranks)
+end(ranks)
