@@ -30,11 +30,16 @@ from parallel import CHECKPOINTING, PARALLEL, checkpoint_activations
 CONTEXT_BYTES = 0.8e9  # of a GPU, for CUDA's context and its libraries' workspaces: no tensor gets it
 USABLE = 0.95  # share of the rest that tensors can fill, since the allocator leaves gaps
 FUSED = 1.6  # times the bytes of perfect fusion that the kernels of torch.compile move, see docs/planning.md
+LIBRARY_BYTES = 18e6  # of a process on a CPU, when it first computes
+CHECKPOINTING_BYTES = 85e6  # more, since torch's checkpointing imports its compiler
+KEPT = (
+    1.5  # on a CPU up to so many times the bytes of tensors, as gaps between freed ones are kept, see common/device.py
+)
 HOST_LINK = 20e9  # bytes/s between a GPU and the memory of its host, with cpu_offload; assumed
 HOST_STREAM = 50e9  # bytes/s of the optimizer's step on the host; assumed
 BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at a time
 MAX_CHUNKS = 32  # of the loss, that are counted one by one; with more, a step is extrapolated from smaller ones
-PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'sharding', 'temporary')
+PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'sharding', 'temporary', 'libraries')
 
 
 class Weights(NamedTuple):
@@ -239,11 +244,13 @@ def memory_moments(counter: StepCounter, split: Split, exact: bool = True) -> di
     root_gradients = weights.trained_other if sharded else 0
 
     fixed = {'weights': (n_layer * weights.layer + weights.other) / shards, 'optimizer': weights.state / shards}
+    if not counter.gpu:
+        fixed['libraries'] = LIBRARY_BYTES + (CHECKPOINTING_BYTES if split.checkpointing != 'none' else 0)
     all_gradients = (n_layer * weights.trained_layer + weights.trained_other) / shards
     gradients = all_gradients if split.rounds > 1 or ranks_exchange and not sharded else 0
     grow = gradients == 0
     if split.cpu_offload:
-        fixed, all_gradients, gradients, grow = dict.fromkeys(fixed, 0), 0, 0, False
+        fixed, all_gradients, gradients, grow = {}, 0, 0, False
     moments, live = {}, 0  # live: activations, and on one device the gradients that have come
 
     def moment(name, stretch, change=0.0, sharding=0.0, gradients_come=0.0, part='temporary'):
@@ -282,6 +289,8 @@ def peak_memory(counter: StepCounter, split: Split, exact: bool = True) -> float
 
 def available(machine: Machine) -> float:
     """Bytes of a device that tensors can fill."""
+    if machine.kind == 'cpu':
+        return machine.memory / KEPT
     if machine.measured:  # what was free
         return machine.memory
     return USABLE * (machine.memory - CONTEXT_BYTES)
