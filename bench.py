@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 
-from acceptance import accept
 from common.cpu import pack, torch_products, use_onednn_products
 from common.device import (
     autocast,
@@ -48,6 +47,7 @@ from loading import model_vocab_size, open_model
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
 from optim import OPTIMIZERS, clip_gradients, make_optimizer, step_unless, training_step
 from parallel import CHECKPOINTING, checkpoint_activations
+from preflight.acceptance import accept
 
 PATHS = ('trace_file', 'json_file', 'init_from', 'report_dir')  # settings that are paths
 

@@ -17,7 +17,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from json import dumps
 
-from checks import (
+from common.distributed import end, find_ranks
+from common.errors import UserError, leave, say, user_errors
+from common.files import remove_locks
+from common.tracking import chosen_trackers
+from configurator import configure, require
+from model import GPTConfig
+from preflight.checks import (
     Batch,
     check_by_heart,
     check_causality,
@@ -39,13 +45,15 @@ from checks import (
     set_up,
     try_steps,
 )
-from common.distributed import end, find_ranks
-from common.errors import UserError, leave, say, user_errors
-from common.files import remove_locks
-from common.tracking import chosen_trackers
-from configurator import configure, require
-from datachecks import Finding, check_documents, check_ids, check_leak, check_splits, check_tokenizer, count_ids
-from model import GPTConfig
+from preflight.datachecks import (
+    Finding,
+    check_documents,
+    check_ids,
+    check_leak,
+    check_splits,
+    check_tokenizer,
+    count_ids,
+)
 
 json = False  # print one JSON object in place of lines
 max_tokens = 2**26  # tokens of each split to look at; a larger one is looked at in evenly spaced pieces

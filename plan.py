@@ -28,7 +28,16 @@ from lora import check_lora
 from model import GPTConfig
 from optim import check_optimizer
 from parallel import CHECKPOINTING, PARALLEL
-from planning import PARTS, Split, StepCounter, alternatives, available, largest_planned_batch, make_plan, peak_memory
+from preflight.planning import (
+    PARTS,
+    Split,
+    StepCounter,
+    alternatives,
+    available,
+    largest_planned_batch,
+    make_plan,
+    peak_memory,
+)
 
 on = (
     ''  # a card of common/machines.py, such as 'h100' or 'a100-40', or a machine.json; '': machine.json or the GPU here
@@ -315,7 +324,7 @@ def draw(path):
 
 def measure_here():
     """Measure this machine, and the largest batch of the recipe on it; write machine.json. A collective."""
-    from measuring import batch_trial, largest_batch, measure
+    from preflight.measuring import batch_trial, largest_batch, measure
 
     device, dtype = set_up_device(settings['device'], settings['dtype'], ranks)
     join_ranks(settings['backend'], device, ranks, settings['timeout'])

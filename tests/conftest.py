@@ -129,7 +129,7 @@ class Forked:
         """Undo the import of the repository's modules."""
         for name, module in list(sys.modules.items()):
             folder = Path(getattr(module, '__file__', None) or '/').parent
-            if folder in (REPO, *(REPO / name for name in ('common', 'data', 'data/chat', 'formats'))):
+            if folder in (REPO, *(REPO / name for name in ('common', 'data', 'data/chat', 'formats', 'preflight'))):
                 del sys.modules[name]
         sys.path[:] = [path for path in sys.path if path != str(REPO)]
 
@@ -232,7 +232,7 @@ def copy_scripts(target: Path, edits=()) -> Path:
     edits: (file name, old text, new text) to replace in the copies; the old text must occur once.
     """
     paths = [*REPO.glob('*.py')]
-    for name in ('common', 'data', 'formats', 'tools'):
+    for name in ('common', 'data', 'formats', 'preflight', 'tools'):
         paths += (REPO / name).rglob('*.py')
     for path in paths:
         copy = target / path.relative_to(REPO)

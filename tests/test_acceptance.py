@@ -17,8 +17,10 @@ import torch
 from conftest import Forked, copy_scripts, run, run_forked
 
 import model
-import probes
-from acceptance import (
+from common.children import ChildFailed, NoMemory, OutOfTime
+from model import GPTConfig
+from preflight import probes
+from preflight.acceptance import (
     CHECKS,
     NO_TIME,
     SMALL,
@@ -32,9 +34,7 @@ from acceptance import (
     until_it_fits,
     write_report,
 )
-from common.children import ChildFailed, NoMemory, OutOfTime
-from model import GPTConfig
-from probes import make_model, model_options, option_named, train
+from preflight.probes import make_model, model_options, option_named, train
 
 CPU = torch.device('cpu')
 ACCEPT = ['--mode=accept', '--device=cpu', '--compile=False', '--minutes=60']

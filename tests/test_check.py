@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import CHARS, REPO, TINY, copy_scripts, run_forked, run_forked_ok, run_forked_ranks, write_data
 
-import datachecks
-from checks import Batch, as_arguments, check_schedule, cut
 from configurator import configure, read_settings
-from datachecks import check_documents, check_leak, find_passages, passages, spans, window_hashes
 from dataloader import DataSet
 from model import GPTConfig
+from preflight import datachecks
+from preflight.checks import Batch, as_arguments, check_schedule, cut
+from preflight.datachecks import check_documents, check_leak, find_passages, passages, spans, window_hashes
 
 CHECKS = """
     ids splits tokenizer leak documents schedule epochs targets weights first_loss gradients optimizer learning_rate

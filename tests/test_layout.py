@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import REPO
 
-FOLDERS = ('common', 'formats', 'tools', 'data')
+FOLDERS = ('common', 'formats', 'preflight', 'tools', 'data')
 SCRIPTS = {'train', 'sample', 'evaluate', 'export', 'bench', 'plan', 'check'}  # people run them, no file imports them
 
 

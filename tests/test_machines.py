@@ -20,12 +20,12 @@ from conftest import REPO, run_forked_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 import common.device as devices
-import measuring
 from common import memory
 from common.errors import UserError
 from common.machines import CARDS, DTYPE_NAMES, Machine, card, interpolate, own_card, read_machine, write_machine
 from configurator import read_settings
 from model import GPTConfig
+from preflight import measuring
 
 CPU = torch.device('cpu')
 SETTINGS = read_settings(REPO / 'train.py') | {'batch_size': 2}
@@ -304,7 +304,7 @@ def test_several_ranks_measure_one_machine(tmp_path):
     script = tmp_path / 'ranks.py'
     script.write_text(
         f'import sys\nsys.path.insert(0, {str(REPO)!r})\n'
-        'import measuring, torch\n'
+        'import torch\nfrom preflight import measuring\n'
         'from common.distributed import end, find_ranks, join_ranks\n'
         'from configurator import read_settings\n'
         'from model import GPTConfig\n'

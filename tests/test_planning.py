@@ -19,7 +19,7 @@ from loading import empty_model
 from model import GPT, GPTConfig
 from optim import clip_gradients, make_optimizer
 from parallel import checkpoint_activations
-from planning import (
+from preflight.planning import (
     Split,
     StepCounter,
     alternatives,

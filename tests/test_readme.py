@@ -64,8 +64,10 @@ def test_links():
 
 def test_the_file_tree_is_complete():
     tree = re.search(r'## Files\n\n```\n(.*?)```', README, re.DOTALL)[1]
-    named = re.findall(r'^ *(\S+\.py)', tree, re.MULTILINE)
-    paths = [path for folder in ('', 'formats', 'common', 'tools') for path in (REPO / folder).glob('*.py')]
+    named = re.findall(r'\S+\.py', tree)
+    paths = [
+        path for folder in ('', 'formats', 'preflight', 'common', 'tools') for path in (REPO / folder).glob('*.py')
+    ]
     assert sorted(named) == sorted(path.name for path in paths if path.name != '__init__.py')
 
 

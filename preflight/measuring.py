@@ -31,6 +31,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+if __name__ == '__main__':  # a child, started by this file's path; what it imports is in the folder above
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 from common.attention import attend
 from common.cpu import use_onednn_products
 from common.device import autocast, device_name, peak_memory, set_up_device, synchronize

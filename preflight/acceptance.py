@@ -25,7 +25,7 @@ from common.children import ChildFailed, Ended, NoMemory, OutOfTime, run_script
 from common.errors import ROOT, UserError, one_line, say, user_errors
 from common.files import written_whole
 from common.tracking import FILE, read_metrics
-from probes import ENTROPY, chain, fields_left_out
+from preflight.probes import ENTROPY, chain, fields_left_out
 
 GIB = 2**30
 
@@ -127,7 +127,7 @@ class Acceptance:
     def probe(self, name: str, **arguments):
         """What a function of probes.PROBES returns. It stays in a file, see result_of."""
         path = self.result_of(name, arguments.get('dtype'))
-        self.run_well('probes.py', name, json.dumps(arguments), path)
+        self.run_well('preflight/probes.py', name, json.dumps(arguments), path)
         return read_json(path)
 
     def result_of(self, name: str, dtype: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """What acceptance.py computes on a device itself. Each probe runs in a process of its own, where a device that fails,
 hangs or has no memory left can do no harm:
 
-    python probes.py NAME ARGUMENTS RESULT      a function of PROBES, its keywords as JSON, the file for what it returns
+    python preflight/probes.py NAME ARGUMENTS RESULT     a function of PROBES, its keywords as JSON, a file
 
 It prints what it is about to do, so that the last line tells where a probe hangs.
 """
@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+if __name__ == '__main__':  # a child, started by this file's path; what it imports is in the folder above
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import model as model_file
 from common.attention import attend

@@ -28,11 +28,11 @@ from common.distributed import StopSignal
 from common.errors import UserError
 from common.sharded import host_copy, part
 from configurator import ROOT
-from datachecks import Finding, entropy, judge
 from dataloader import eval_batches, training_batches
 from lora import lora_of
 from optim import clip_gradients, learning_rate_at, make_optimizer, step_unless
 from parallel import sync_gradients
+from preflight.datachecks import Finding, entropy, judge
 
 FLOPS = {'cpu': 5e10}  # of a step of the checks: a second or less
 FLOPS_ELSEWHERE = 5e12
