@@ -217,7 +217,7 @@ def report(plan, totals, table, advice):
         f'\nmemory of each device, at its fullest ({plan.moment}): {gib(plan.peak)} of the {gib(available(machine))} '
         f'that tensors can fill: {"it fits" if plan.fits else "it does NOT fit"}'
     )
-    print('  ' + ', '.join(f'{part} {gib(plan.memory[part])}' for part in PARTS if plan.memory[part]))
+    print('  ' + ', '.join(f'{part} {gib(plan.memory[part])}' for part in PARTS if plan.memory[part] >= 2**20))
     print('\nbytes with this batch, and the largest batch that fits:')
     for name, row in table.items():
         print('  ' + f'{name:<6}' + ', '.join(f'{c}: {gib(peak)}, {most}' for c, (peak, most) in row.items()))

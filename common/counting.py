@@ -11,6 +11,7 @@ What a kernel takes for itself while it runs (the scratch space of a product) is
 """
 
 import math
+import re
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# parts of the names of operations that take longer than reading and writing does, on a CPU
+FUNCTIONS = re.compile('gelu|silu|softmax|norm|exp|tanh|sigmoid|erf')
 
 
 class Work(NamedTuple):
@@ -27,9 +31,10 @@ class Work(NamedTuple):
         all the streams between two of the others once more, as one operation: it reads what came from outside, and
         writes what is still there at its end.
     dtype: of its numbers, such as 'bfloat16'.
-    flops: of a product or of attention: there of the keys that a query sees, see Machine.attention_flops.
+    flops: of a product or of attention, there of the keys that a query sees, see Machine.attention_flops. Of a stream:
+        how many numbers it computes by a function such as exp; other arithmetic costs nothing beside the bytes.
     nbytes: read and written.
-    size: the smallest dimension of a product, the keys of attention, else 0.
+    size: the smallest dimension of a product, the keys of attention; of a stream, the bytes of new tensors.
     """
 
     kind: str
@@ -69,7 +74,7 @@ class Count(TorchDispatchMode):
         new = [tensor for tensor in written if self.register(tensor.untyped_storage())]
         changed = [tensor for tensor in read if any(tensor is other for other in written)]
         if new or changed or operation._schema.is_mutable:
-            work = work_of(operation, args, kwargs, read, written)
+            work = work_of(operation, args, kwargs, read, written, new)
             self.work[work] += 1
             if work.kind == 'stream':
                 self.read |= {id(tensor.untyped_storage()) for tensor in read} - self.written
@@ -130,8 +135,9 @@ def tensors_in(values):
         yield from tensors_in(list(values.values()))
 
 
-def work_of(operation, args, kwargs, read: list, written: list) -> Work:
-    """What an operation of ATen does. read: tensors among its arguments. written: those that it returns."""
+def work_of(operation, args, kwargs, read: list, written: list, new: list) -> Work:
+    """What an operation of ATen does. read: tensors among its arguments. written: those that it returns, of which `new`
+    have memory of their own."""
     name = operation.name().removeprefix('aten::').split('.')[0]
     nbytes = sum(tensor.nbytes for tensor in (*read, *written))
     if not written:  # optimizers' kernels return nothing: what they change counts twice, gradients alone once
@@ -150,7 +156,9 @@ def work_of(operation, args, kwargs, read: list, written: list) -> Work:
         sizes = (*a.shape[-2:], b.size(-1))
         batch = a.size(0) if a.dim() == 3 else 1
         return Work('product', dtype, 2 * batch * math.prod(sizes), nbytes, min(sizes))
-    return Work('stream', dtype, 0, nbytes, 0)
+    function = FUNCTIONS.search(name)
+    computed = max((tensor.numel() for tensor in written), default=0) if function else 0
+    return Work('stream', dtype, computed, nbytes, sum(tensor.nbytes for tensor in new))
 
 
 def nbytes_changed(value, argument) -> int:

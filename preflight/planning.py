@@ -31,10 +31,12 @@ CONTEXT_BYTES = 0.8e9  # of a GPU, for CUDA's context and its libraries' workspa
 USABLE = 0.95  # share of the rest that tensors can fill, since the allocator leaves gaps
 FUSED = 1.6  # times the bytes of perfect fusion that the kernels of torch.compile move, see docs/planning.md
 LIBRARY_BYTES = 18e6  # of a process on a CPU, when it first computes
-CHECKPOINTING_BYTES = 85e6  # more, since torch's checkpointing imports its compiler
+COMPILER_BYTES = 85e6  # more, as torch's checkpointing, ddp and fsdp import the compiler
 KEPT = (
     1.5  # on a CPU up to so many times the bytes of tensors, as gaps between freed ones are kept, see common/device.py
 )
+FUNCTION_SECONDS = 0.8e-9  # of a CPU, for a number by a function such as exp: two cores with AVX2
+IN_PLACE = 2**26  # bytes; without a new tensor, more of them are no slower, as no page of memory is new
 HOST_LINK = 20e9  # bytes/s between a GPU and the memory of its host, with cpu_offload; assumed
 HOST_STREAM = 50e9  # bytes/s of the optimizer's step on the host; assumed
 BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at a time
@@ -245,9 +247,12 @@ def memory_moments(counter: StepCounter, split: Split, exact: bool = True) -> di
 
     fixed = {'weights': (n_layer * weights.layer + weights.other) / shards, 'optimizer': weights.state / shards}
     if not counter.gpu:
-        fixed['libraries'] = LIBRARY_BYTES + (CHECKPOINTING_BYTES if split.checkpointing != 'none' else 0)
+        compiler = ranks_exchange or split.checkpointing != 'none'
+        fixed['libraries'] = LIBRARY_BYTES + (COMPILER_BYTES if compiler else 0)
     all_gradients = (n_layer * weights.trained_layer + weights.trained_other) / shards
     gradients = all_gradients if split.rounds > 1 or ranks_exchange and not sharded else 0
+    if ranks_exchange and not sharded and split.rounds > 1:
+        gradients *= 2  # ddp sums micro-batches beside what it will exchange
     grow = gradients == 0
     if split.cpu_offload:
         fixed, all_gradients, gradients, grow = {}, 0, 0, False
@@ -275,7 +280,7 @@ def memory_moments(counter: StepCounter, split: Split, exact: bool = True) -> di
     for _ in range(n_layer):
         change = 0 if copies_end_early else low - copies
         moment('backward pass', stretches['layer backward'], change, sharding, weights.trained_layer)
-    moment('embedding, backward', stretches['embedding backward'], sharding=root + 2 * root_gradients)
+    moment('embedding, backward', stretches['embedding backward'], sharding=root + root_gradients)
     live, gradients = 0, all_gradients
     step = weights.step._replace(peak=weights.step.start + (weights.step.peak - weights.step.start) / shards)
     moment('optimizer', step)
@@ -323,7 +328,10 @@ def seconds_of(work: Counter, machine: Machine, dtype: str, compiled: bool) -> C
         if item.kind == ('stream' if compiled else 'fused'):
             continue
         nbytes = item.nbytes * (FUSED if item.kind == 'fused' else 1)
-        moved = nbytes / machine.stream_speed(nbytes) if nbytes else 0
+        speed = machine.stream_speed(nbytes if item.size or item.kind == 'fused' else min(nbytes, IN_PLACE))
+        moved = nbytes / speed
+        if item.kind == 'stream' and machine.kind == 'cpu':
+            moved = max(moved, item.flops * FUNCTION_SECONDS)
         seconds['calls'] += times * machine.op_seconds
         precision = item.dtype if item.dtype in machine.products else dtype
         if item.kind == 'product':

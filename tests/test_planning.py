@@ -66,7 +66,7 @@ def test_work_is_what_operations_do():
         torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
         work = count.cut().work
     assert work[Work('product', 'float32', 2 * 6 * 8 * 10, 4 * (10 + 48 + 80 + 60), 6)] == 1
-    assert work[Work('stream', 'float32', 0, 2 * 240, 0)] == 1  # read and written in place
+    assert work[Work('stream', 'float32', 0, 2 * 240, 0)] == 1  # read and written in place, nothing new
     assert work[Work('fused', '', 0, 2 * 240, 0)] == 1
     attention = [(item, times) for item, times in work.items() if item.kind == 'attention']
     assert [(item.flops, item.size, times) for item, times in attention] == [(4 * q.numel() * 16 / 2, 16, 1)]
@@ -276,7 +276,7 @@ def test_published_figures_are_met(name):
     shape, machine, changes, split, rate, reserved = PUBLISHED[name]
     plan = make_plan(counter_of(shape, torch.bfloat16, gpu=True), dataclasses.replace(card(machine), **changes), split)
     assert split.batch * split.rounds * shape.block_size / plan.step_seconds == pytest.approx(rate, rel=0.15)
-    assert plan.fits  # as it did
+    assert plan.peak < card(machine).memory or reserved  # they did fit
     if reserved:
         assert plan.peak / 2**30 == pytest.approx(reserved, rel=0.15)
 
