@@ -418,7 +418,8 @@ def alternatives(counter: StepCounter, machine: Machine, split: Split) -> list[P
     sequences = split.batch * split.rounds  # of each device
     exact = machine.kind == 'cpu'  # there small operations are faster, since they stay in the cache
     found = []
-    for parallel in PARALLEL if split.devices > 1 else ('ddp', 'fsdp'):
+    several = split.devices > 1
+    for parallel in PARALLEL if several else ('ddp', 'fsdp') if machine.kind == 'cuda' else ('ddp',):
         if parallel == 'hsdp' and not (1 < split.shard_ranks < split.devices):
             continue
         for checkpointing in CHECKPOINTING:
