@@ -294,17 +294,16 @@ def draw(path):
     grid = figure.add_gridspec(1, 2)
     axes.set_subplotspec(grid[0])
     most = 2 * max(plan.split.batch, *(row[1] for rows in table.values() for row in rows.values()))
-    batches = sorted({max(1, round(most * n / 12)) for n in range(1, 13)})
+    batches = sorted({round(most ** (n / 12)) for n in range(13)})
     for checkpointing in CHECKPOINTING:
         splits = [plan.split._replace(batch=batch, checkpointing=checkpointing) for batch in batches]
         peaks = [peak_memory(counter, split, exact=False) for split in splits]
         label = {'none': 'all kept', 'selective': 'selective checkpointing', 'full': 'full checkpointing'}[
             checkpointing
         ]
-        axes.plot(batches, [peak / 2**30 for peak in peaks], label=label)
+        axes.loglog(batches, [peak / 2**30 for peak in peaks], label=label)
     axes.axhline(available(machine) / 2**30, color='black', linestyle='--', label=f'of {machine.name}')
     axes.plot([plan.split.batch], [plan.peak / 2**30], 'o', color='black', label='as planned')
-    axes.set_ylim(0, 1.5 * max(available(machine), plan.peak) / 2**30)
     axes.legend()
     other = figure.add_subplot(grid[1])
     other.grid(alpha=0.3)
@@ -318,6 +317,11 @@ def draw(path):
     other.loglog(counts, [days[0] * counts[0] / n for n in counts], ':', color='gray', label='if exchange took no time')
     other.set_xlabel('devices')
     other.set_ylabel('time of training (hours)')
+    other.set_xticks(counts)
+    other.set_yticks(days)
+    for axis in (axes.xaxis, axes.yaxis, other.xaxis, other.yaxis):  # numbers as people write them
+        axis.set_major_formatter('{x:,.4g}')
+        axis.set_minor_formatter('')
     other.legend()
     save_figure(axes, path)
 

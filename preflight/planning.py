@@ -32,9 +32,7 @@ USABLE = 0.95  # share of the rest that tensors can fill, since the allocator le
 FUSED = 1.6  # times the bytes of perfect fusion that the kernels of torch.compile move, see docs/planning.md
 LIBRARY_BYTES = 18e6  # of a process on a CPU, when it first computes
 COMPILER_BYTES = 85e6  # more, as torch's checkpointing, ddp and fsdp import the compiler
-KEPT = (
-    1.5  # on a CPU up to so many times the bytes of tensors, as gaps between freed ones are kept, see common/device.py
-)
+KEPT = 1.6  # times the bytes of tensors that a CPU's allocator takes at most, see keep_freed_memory
 FUNCTION_SECONDS = 0.8e-9  # of a CPU, for a number by a function such as exp: two cores with AVX2
 IN_PLACE = 2**26  # bytes; without a new tensor, more of them are no slower, as no page of memory is new
 HOST_LINK = 20e9  # bytes/s between a GPU and the memory of its host, with cpu_offload; assumed
@@ -243,7 +241,8 @@ def memory_moments(counter: StepCounter, split: Split, exact: bool = True) -> di
     gathered = (low if gathered_low else weights.layer) if sharded else 0
     on_the_way = weights.trained_layer * (1.5 if gathered_low else 2) if sharded else 0  # gradients: whole, and to send
     root = weights.other if sharded else 0  # gathered for the whole micro-batch
-    root_gradients = weights.trained_other if sharded else 0
+    # a tied matrix's first gradient is among the activations, until the second comes
+    root_gradients = weights.trained_other / 2 if sharded and not counter.model_config.tie_weights else 0
 
     fixed = {'weights': (n_layer * weights.layer + weights.other) / shards, 'optimizer': weights.state / shards}
     if not counter.gpu:
