@@ -9,11 +9,13 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -461,6 +463,17 @@ NO_TIME = 'skipped: no time left'
 # --- run and report ---------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def temporary_folder():
+    """A new folder, removed at the end of the block. tempfile.TemporaryDirectory would be removed at the end of a
+    process that was forked within the block, too."""
+    folder = tempfile.mkdtemp(prefix='samgpt-accept-')
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def accept(device: str, compile: str, minutes: float, report_dir: str, names: str = '') -> int:
     """Run the checks on a device, print a line each, and write report_dir/accept.json and accept.md -> exit status: 0
     if none failed or was left out for lack of time, else 1.
@@ -475,7 +488,7 @@ def accept(device: str, compile: str, minutes: float, report_dir: str, names: st
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child outlives this process
     with user_errors(OSError, where=f'cannot write to --report_dir={report_dir}: '):
         os.makedirs(report_dir, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='samgpt-accept-', ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         a = Acceptance(folder, end=end, deadline=end, patience=minutes / USUAL_MINUTES)
         try:
             a.device = a.probe('describe', device=device)
