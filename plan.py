@@ -29,6 +29,7 @@ from model import GPTConfig
 from optim import check_optimizer
 from parallel import CHECKPOINTING, PARALLEL
 from preflight.planning import (
+    MAX_BATCH,
     PARTS,
     Split,
     StepCounter,
@@ -39,9 +40,7 @@ from preflight.planning import (
     peak_memory,
 )
 
-on = (
-    ''  # a card of common/machines.py, such as 'h100' or 'a100-40', or a machine.json; '': machine.json or the GPU here
-)
+on = ''  # a card such as 'h100' or 'a100-40', or a machine file; '': machine.json, or the GPU here
 devices = 1  # how many of them
 price = 0.0  # of one of them per hour, in any currency; 0: unknown
 hours = 0.0  # say how far the run gets in so many hours; 0: to the end
@@ -298,10 +297,7 @@ def draw(path):
     for checkpointing in CHECKPOINTING:
         splits = [plan.split._replace(batch=batch, checkpointing=checkpointing) for batch in batches]
         peaks = [peak_memory(counter, split, exact=False) for split in splits]
-        label = {'none': 'all kept', 'selective': 'selective checkpointing', 'full': 'full checkpointing'}[
-            checkpointing
-        ]
-        axes.loglog(batches, [peak / 2**30 for peak in peaks], label=label)
+        axes.loglog(batches, [peak / 2**30 for peak in peaks], label=f'activation_checkpointing={checkpointing}')
     axes.axhline(available(machine) / 2**30, color='black', linestyle='--', label=f'of {machine.name}')
     axes.plot([plan.split.batch], [plan.peak / 2**30], 'o', color='black', label='as planned')
     axes.legend()
@@ -309,16 +305,18 @@ def draw(path):
     other.grid(alpha=0.3)
     sequences = plan.split.rounds * devices
     counts = [n for n in (2**k for k in range(11)) if sequences % n == 0]
-    days = []
+    times = []  # hours
     for n in counts:
         split = plan.split._replace(devices=n, rounds=sequences // n)
-        days.append(settings['max_iters'] * make_plan(counter, machine, split, exact).step_seconds / 3600)
-    other.loglog(counts, days, 'o-', label=f'{plan.split.parallel}, the same batches')
-    other.loglog(counts, [days[0] * counts[0] / n for n in counts], ':', color='gray', label='if exchange took no time')
+        times.append(settings['max_iters'] * make_plan(counter, machine, split, exact).step_seconds / 3600)
+    other.loglog(counts, times, 'o-', label=f'{plan.split.parallel}, the same batches')
+    other.loglog(
+        counts, [times[0] * counts[0] / n for n in counts], ':', color='gray', label='if exchange took no time'
+    )
     other.set_xlabel('devices')
     other.set_ylabel('time of training (hours)')
     other.set_xticks(counts)
-    other.set_yticks(days)
+    other.set_yticks(times)
     for axis in (axes.xaxis, axes.yaxis, other.xaxis, other.yaxis):  # numbers as people write them
         axis.set_major_formatter('{x:,.4g}')
         axis.set_minor_formatter('')
@@ -345,13 +343,11 @@ def measure_here():
         counted = StepCounter(model_config, settings, dtype, gpu)
         split = Split(1, checkpointing=settings['activation_checkpointing'])
         guess = largest_planned_batch(counted, found, split)
-        slow = (
-            int(LONGEST_TRIAL / make_plan(counted, found, split).step_seconds) or 1
-        )  # larger ones take too long to try
-        most = largest_batch(
-            batch_trial(settings, model_config, device, dtype), min(slow, 2**16), guess, precision=0.05
-        )
-        at_least = 'at least ' if most == slow else ''
+        # a larger one would take too long to try
+        most_tried = min(MAX_BATCH, int(LONGEST_TRIAL / make_plan(counted, found, split).step_seconds) or 1)
+        fits = batch_trial(settings, model_config, device, dtype)
+        most = largest_batch(fits, most_tried, guess, precision=0.05)
+        at_least = 'at least ' if most == most_tried else ''
         say(f'the largest --batch_size that fits is {at_least}{most} (to 5%); {guess} was predicted')
     if not ranks.is_main:
         end(ranks)

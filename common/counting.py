@@ -145,9 +145,8 @@ def work_of(operation, args, kwargs, read: list, written: list, new: list) -> Wo
     dtype = str(max((*written, *read), key=lambda tensor: tensor.numel()).dtype).removeprefix('torch.')
     if name.startswith('_scaled_dot_product'):
         backward = name.endswith('backward')
-        q, k = [tensor for tensor in read if tensor.dim() == 4][
-            backward : 2 + backward
-        ]  # (B, nh, T, hs), (B, nkv, S, hs)
+        attended = [tensor for tensor in read if tensor.dim() == 4]  # the backward pass has a gradient first
+        q, k = attended[backward : backward + 2]  # (B, nh, T, hs), (B, nkv, S, hs)
         causal = any(value is True for value in (*args, kwargs.get('is_causal')))
         flops = (10 if backward else 4) * q.numel() * k.size(-2) / (2 if causal else 1)
         return Work('attention', dtype, flops, nbytes, k.size(-2))

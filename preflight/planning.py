@@ -26,6 +26,7 @@ from lora import add_lora, freeze_base
 from model import GPT, MAX_LOGITS, CausalSelfAttention, GPTConfig
 from optim import clip_gradients, make_optimizer
 from parallel import CHECKPOINTING, PARALLEL, checkpoint_activations
+from preflight.measuring import largest_batch
 
 CONTEXT_BYTES = 0.8e9  # of a GPU, for CUDA's context and its libraries' workspaces: no tensor gets it
 USABLE = 0.95  # share of the rest that tensors can fill, since the allocator leaves gaps
@@ -39,6 +40,7 @@ HOST_LINK = 20e9  # bytes/s between a GPU and the memory of its host, with cpu_o
 HOST_STREAM = 50e9  # bytes/s of the optimizer's step on the host; assumed
 BUCKET_BYTES = 25 * 2**20  # that DistributedDataParallel exchanges at a time
 MAX_CHUNKS = 32  # of the loss, that are counted one by one; with more, a step is extrapolated from smaller ones
+MAX_BATCH = 2**16  # sequences; larger ones are not looked for
 PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'sharding', 'temporary', 'libraries')
 
 
@@ -75,6 +77,11 @@ class Split(NamedTuple):
     def shards(self) -> int:
         """In how many parts the weights are cut."""
         return {'ddp': 1, 'fsdp': self.devices, 'hsdp': self.shard_ranks}[self.parallel]
+
+    @property
+    def later(self) -> bool:
+        """Do gradients have memory before a backward pass, of earlier micro-batches or as what ranks exchange?"""
+        return self.rounds > 1 or self.devices > 1 or self.parallel != 'ddp'
 
 
 class Plan(NamedTuple):
@@ -231,7 +238,7 @@ def memory_moments(counter: StepCounter, split: Split, exact: bool = True) -> di
     weights, n_layer, shards = counter.weights, counter.model_config.n_layer, split.shards
     sharded = split.parallel != 'ddp'
     ranks_exchange = sharded or split.devices > 1
-    stretches = counter.stretches(split.batch, split.checkpointing, split.rounds > 1 or ranks_exchange, exact)
+    stretches = counter.stretches(split.batch, split.checkpointing, split.later, exact)
     # autocast keeps copies of a layer's weights in low precision until the backward pass, or, where that makes them
     # again, until the end of the forward pass; sharded weights are gathered in low precision on a GPU
     low = weights.layer * counter.dtype.itemsize / 4 if counter.dtype != torch.float32 else 0
@@ -306,15 +313,7 @@ def largest_planned_batch(counter: StepCounter, machine: Machine, split: Split) 
     def fits(batch):
         return peak_memory(counter, split._replace(batch=batch), exact=False) <= available(machine)
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high) and high < 2**16:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest_batch(fits, MAX_BATCH)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -345,8 +344,7 @@ def seconds_of(work: Counter, machine: Machine, dtype: str, compiled: bool) -> C
 def step_seconds(counter: StepCounter, machine: Machine, split: Split, exact: bool = True) -> dict[str, float]:
     """What the time of a step goes to -> {kind of work: seconds}; 'calls' is what the host takes beyond the device."""
     n_layer, dtype = counter.model_config.n_layer, str(counter.dtype).removeprefix('torch.')
-    later = split.rounds > 1 or split.devices > 1 or split.parallel != 'ddp'
-    stretches = counter.stretches(split.batch, split.checkpointing, later, exact)
+    stretches = counter.stretches(split.batch, split.checkpointing, split.later, exact)
     micro_batch = Counter()
     for name, stretch in stretches.items():
         for kind, seconds in seconds_of(stretch.work, machine, dtype, split.compiled).items():
