@@ -5,6 +5,7 @@ fails, hangs or needs more memory than there is ends that check alone. accept.js
 each check. On a CPU everything runs with small numbers, which show that the checks work, and nothing of its speed.
 """
 
+import bisect
 import json
 import math
 import os
@@ -418,14 +419,8 @@ def largest_that(fits: Callable[[int], bool], sizes: Iterable[int]) -> int | Non
     """The largest of ascending sizes that fits, None if none does, by bisection: what is larger than one that does not
     fit does not fit either."""
     sizes = list(sizes)
-    low, high = 0, len(sizes)  # as many fit at least, and at most
-    while low < high:
-        middle = (low + high) // 2
-        if fits(sizes[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return sizes[low - 1] if low else None
+    n = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))  # as many fit
+    return sizes[n - 1] if n else None
 
 
 class Check(NamedTuple):
