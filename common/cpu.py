@@ -2,7 +2,7 @@
 int4.
 
     pack(model, device, dtype)            before generating: another layout of the weights, the same products
-    pack(model, device, dtype, 'int8')    8-bit weights: a quarter of the memory traffic, for a little quality
+    pack(model, device, dtype, 'int8')    8-bit weights: a quarter of the memory, for hardly any quality
     pack(model, device, dtype, 'int4')    4-bit weights, 5 bits with their scales, for some more
     use_onednn_products(device, 64)       before training, on x86 processors with AVX-512
 
@@ -192,12 +192,14 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights, one scale per output, and 8-bit inputs, one scale per row (Dettmers et al.
-    2022, "LLM.int8()", section 2.1), multiplied by FBGEMM. A row's result does not depend on other rows.
+    """A linear layer with 8-bit weights, one scale per output, multiplied by FBGEMM. A row's result does not depend on
+    other rows.
 
-    x: (..., in) -> (..., out) in float32. Both sides are symmetric: w ~ scale * q with q in [-127, 127]. Products are
-    summed exactly, in 32-bit integers. Without VNNI instructions FBGEMM first adds pairs in 16 bits; there the inputs
-    get 7 bits, so that no pair overflows.
+    x: (..., in) -> (..., out) in float32. Both sides are symmetric: w ~ scale * q with q in [-127, 127]. An input is
+    the sum of two integers of 8 bits, the second of what the first leaves: a row's largest element may be a hundred
+    times the others, which one alone would round to nothing (Dettmers et al. 2022, "LLM.int8()", section 3). Products
+    are summed exactly, in 32-bit integers. Without VNNI instructions FBGEMM first adds pairs in 16 bits; there the
+    integers have 7 bits, so that no pair overflows.
     """
 
     def __init__(self, linear):
@@ -214,9 +216,13 @@ class Int8Linear(nn.Module):
 
     def forward(self, input):
         x = input.float()
-        scale = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_min_(1e-12)  # (..., 1)
+        scale = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_min_(1e-12) / self.levels  # (..., 1)
+        x = x / scale
+        high = x.round()
+        pair = torch.stack((high, (x - high) * (2 * self.levels)))  # (2, ..., in): what is left is at most 1/2
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = multiply(x / scale, 1 / self.levels, self.levels + 1, self.matrix)
+        high, low = multiply(pair, 1.0, self.levels + 1, self.matrix)
+        y = torch.add(high, low, alpha=1 / (2 * self.levels))
         return y * scale if self.vector is None else torch.addcmul(self.vector, y, scale)
 
 
