@@ -197,7 +197,7 @@ class Int8Linear(nn.Module):
 
     x: (..., in) -> (..., out) in float32. Both sides are symmetric: w ~ scale * q with q in [-127, 127]. An input is
     the sum of two integers of 8 bits, the second of what the first leaves: a row's largest element may be a hundred
-    times the others, which one alone would round to nothing (Dettmers et al. 2022, "LLM.int8()", section 3). Products
+    times the others, which one alone would round to nothing (Dettmers et al. 2022, "LLM.int8()", section 4). Products
     are summed exactly, in 32-bit integers. Without VNNI instructions FBGEMM first adds pairs in 16 bits; there the
     integers have 7 bits, so that no pair overflows.
     """
