@@ -913,6 +913,7 @@ def test_nobody_reads_and_it_is_told_to_stop(workspace, signum):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),  # under nohup, tests ignore SIGHUP
     )
     for line in process.stdout:
         if line.startswith('iter 20:'):
